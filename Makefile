@@ -1,0 +1,42 @@
+# diffusion_lab. Every target sets itself up: the first one makes .venv with the pinned packages, the others reuse it.
+#   make demo       train, sample and score the quickstart on real images, offline, in about two minutes
+#   make test       the default test suite          make test-all   with the slow tests too
+#   make lint       ruff and mypy                   make clean      remove .venv and caches (never runs/)
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.complete
+QUICKSTART := runs/digits/quickstart/latest
+
+.PHONY: demo test test-all lint setup clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml
+	@echo "setting up $(VENV) (once; about two minutes) ..."
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(PY) train.py experiment=digits/quickstart
+	@$(PY) sample.py run=$(QUICKSTART) num_samples=1000 batch_size=200 seed=0 out=$(QUICKSTART)/samples/demo
+	@$(PY) evaluate.py run=$(QUICKSTART)
+
+test: $(STAMP)
+	@$(PY) -m pytest
+
+test-all: $(STAMP)
+	@$(PY) -m pytest -m ''
+
+lint: $(STAMP)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy diffusion_lab
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""Placeholder until the import cure lands."""
+
+
+def install() -> None:
+    """Do nothing."""

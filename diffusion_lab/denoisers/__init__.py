@@ -1,0 +1,34 @@
+"""Denoisers: callables `(x, logsnr, cond) -> E[x0 | x]`, by a network or in closed form."""
+
+from diffusion_lab.denoisers.analytic import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from diffusion_lab.denoisers.network import NetworkDenoiser, Output
+from diffusion_lab.denoisers.prediction import (
+    EDM,
+    X0,
+    Eps,
+    Prediction,
+    Score,
+    V,
+    Velocity,
+    eps_error_scale,
+    target,
+    x0_from,
+)
+
+__all__ = [
+    "EDM",
+    "EmpiricalDenoiser",
+    "Eps",
+    "GaussianDenoiser",
+    "GaussianMixtureDenoiser",
+    "NetworkDenoiser",
+    "Output",
+    "Prediction",
+    "Score",
+    "V",
+    "Velocity",
+    "X0",
+    "eps_error_scale",
+    "target",
+    "x0_from",
+]

@@ -1,0 +1,92 @@
+r"""A network that becomes a denoiser.
+
+The network sees c_in x, scaled to unit variance for data of standard deviation sigma_data, and the log-SNR itself:
+
+    F = network(c_in x, logsnr, cond),    c_in = 1 / sqrt(alpha^2 sigma_data^2 + sigma^2),
+    x0_hat = (sigma F - b x) / (sigma a - b alpha)          (see `prediction.py`).
+
+Because it is told logsnr and never a "timestep", its schedule may be changed after training, and because c_in x is the
+same in every interpolant (x scales with alpha), so may its interpolant.
+
+The network may run in lower precision under autocast; the coefficients and x0_hat are float32 or better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_lab.denoisers.prediction import Prediction, x0_from
+from diffusion_lab.process.broadcast import broadcast_right, expand_logsnr
+from diffusion_lab.process.interpolants import Interpolant
+from diffusion_lab.typing import Cond
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a network denoiser can tell a loss.
+
+    Attributes:
+        x0: Posterior mean, `(B, *D)`.
+        raw: The network's own output F, `(B, *D)`.
+        logvar: Optional log-uncertainty, `(B,)`.
+        features: Optional inner activations.
+    """
+
+    x0: Tensor
+    raw: Tensor
+    logvar: Tensor | None = None
+    features: tuple[Tensor, ...] | None = None
+
+
+class NetworkDenoiser(nn.Module):
+    """A `DenoiserFn` around a network.
+
+    Args:
+        network: Callable module `(x, logsnr (B,), cond) -> raw` of the shape of `x`.
+        interpolant: The process that the noisy data come from.
+        prediction: What `raw` stands for.
+        sigma_data: Standard deviation of the data that the input scaling assumes; 1 makes c_in = 1 for the
+            variance-preserving process.
+
+    Raises:
+        ValueError: If `sigma_data` is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        interpolant: Interpolant,
+        prediction: Prediction,
+        sigma_data: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if sigma_data <= 0.0:
+            raise ValueError(f"NetworkDenoiser needs sigma_data > 0, got {sigma_data}")
+        self.network = network
+        self.interpolant = interpolant
+        self.prediction = prediction
+        self.sigma_data = sigma_data
+
+    def predict(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Output:
+        """Return x0_hat together with the raw output.
+
+        Args:
+            x: Noisy data, `(B, *D)`.
+            logsnr: Noise level, `x.shape[:k]`, finite for prediction types that need it.
+            cond: Conditions, or None.
+        """
+        logsnr = expand_logsnr(logsnr, x)
+        alpha, sigma = self.interpolant(logsnr)
+        c_in = torch.rsqrt((alpha * self.sigma_data) ** 2 + sigma**2)
+        raw = self.network(broadcast_right(c_in, x) * x, logsnr, cond)
+        # autocast may have lowered the output; the algebra below is cheap and wants its digits
+        raw = raw.to(x.dtype)
+        return Output(x0=x0_from(self.prediction, x, raw, alpha, sigma), raw=raw)
+
+    def forward(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
+        """Return E[x0 | x], of the shape of `x`. See `predict`."""
+        return self.predict(x, logsnr, cond).x0

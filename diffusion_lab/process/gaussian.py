@@ -1,0 +1,111 @@
+r"""The Gaussian process in one coordinate: marginals, posteriors and DDIM maps as pure functions.
+
+    marginal        x = alpha x0 + sigma eps
+    posterior       q(x_next | x, x0) = N( r (alpha_next / alpha) x + (1 - r) alpha_next x0,  (1 - r) sigma_next^2 I )
+                    with r = exp(logsnr - logsnr_next) in [0, 1]; logsnr_next >= logsnr is the cleaner level
+    DDIM map        x_next = alpha_next x0 + (sigma_next / sigma) (x - alpha x0)
+    inverse         x0 = (x_next - (sigma_next / sigma) x) / (alpha_next - alpha sigma_next / sigma)
+
+The posterior's variance is the smallest that a reverse step may have (x0 known). The largest customary one is that
+of the forward kernel from x_next to x, which is exact for white data of unit variance under the
+variance-preserving process; in other units it is a different noise, so only samplers that use `var_lower` alone
+give the same images in every interpolant:
+
+    var_lower = (1 - r) sigma_next^2,        var_upper = (1 - r) sigma^2.
+
+Every function takes the levels as `x.shape[:k]` tensors (0-d allowed) and is exact at logsnr_next = +inf, where the
+DDIM map returns x0 bit for bit, and at logsnr = -inf wherever the interpolant is finite there: r alpha_next / alpha is
+evaluated as (sigma_next / sigma)^2 (alpha / alpha_next), which has no 0 / 0.
+
+References:
+    Kingma et al., "Variational Diffusion Models", 2021, appendix A (posterior in log-SNR form).
+    Song, Meng & Ermon, "Denoising Diffusion Implicit Models", 2021, eq. 12.
+    Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", 2022, appendix G (inverse DDIM).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffusion_lab.process.broadcast import broadcast_right
+from diffusion_lab.process.interpolants import Interpolant
+
+
+def coefficients(interpolant: Interpolant, logsnr: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `(alpha, sigma)` shaped to multiply `x`."""
+    alpha, sigma = interpolant(logsnr)
+    return broadcast_right(alpha, x), broadcast_right(sigma, x)
+
+
+def marginal(interpolant: Interpolant, x0: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
+    """Return `x = alpha x0 + sigma eps`."""
+    alpha, sigma = coefficients(interpolant, logsnr, x0)
+    return alpha * x0 + sigma * eps
+
+
+def eps_from_x0(interpolant: Interpolant, x: Tensor, x0: Tensor, logsnr: Tensor) -> Tensor:
+    """Return `eps = (x - alpha x0) / sigma`.
+
+    Always rebuild eps like this from the x0 in use: after guidance or thresholding the network's own eps no longer
+    fits. Undefined (nan or inf) at logsnr = +inf, where there is no noise.
+    """
+    alpha, sigma = coefficients(interpolant, logsnr, x)
+    return (x - alpha * x0) / sigma
+
+
+def posterior(
+    interpolant: Interpolant, x: Tensor, x0: Tensor, logsnr: Tensor, logsnr_next: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, lower and upper variance of the reverse step from `logsnr` to the cleaner `logsnr_next`.
+
+    Args:
+        interpolant: The process.
+        x: Noisy data at `logsnr`, `(B, *D)`.
+        x0: Clean data, or its estimate, `(B, *D)`.
+        logsnr: Present level, `x.shape[:k]`.
+        logsnr_next: Next level, not below `logsnr`.
+
+    Returns:
+        `(mean, var_lower, var_upper)`: `mean` like `x`; the variances shaped to multiply `x`. At `logsnr_next = +inf`
+        the mean is `x0` and `var_lower` zero.
+    """
+    alpha, sigma = interpolant(logsnr)
+    alpha_next, sigma_next = interpolant(logsnr_next)
+    ratio = sigma_next / sigma
+    # r = exp(logsnr - logsnr_next); equal infinities mean "no step", for which r is 1
+    gap = torch.where(logsnr == logsnr_next, torch.zeros_like(logsnr), logsnr - logsnr_next)
+    one_minus_r = -torch.expm1(gap)
+    mean = (
+        broadcast_right(ratio**2 * alpha / alpha_next, x) * x
+        + broadcast_right(one_minus_r * alpha_next, x) * x0
+    )
+    lower = broadcast_right(one_minus_r * sigma_next**2, x)
+    upper = broadcast_right(one_minus_r * sigma**2, x)
+    return mean, lower, upper
+
+
+def ddim_step(interpolant: Interpolant, x: Tensor, x0: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> Tensor:
+    """Return `alpha_next x0 + (sigma_next / sigma) (x - alpha x0)`: x0 and eps kept, the level changed."""
+    alpha, sigma = interpolant(logsnr)
+    alpha_next, sigma_next = interpolant(logsnr_next)
+    ratio = sigma_next / sigma
+    return broadcast_right(alpha_next, x) * x0 + broadcast_right(ratio, x) * (
+        x - broadcast_right(alpha, x) * x0
+    )
+
+
+def inverse_ddim_step(
+    interpolant: Interpolant, x: Tensor, x_next: Tensor, logsnr: Tensor, logsnr_next: Tensor
+) -> Tensor:
+    """Return the x0 for which `ddim_step` takes `x` to `x_next`.
+
+    Raises:
+        ValueError: If the two levels are equal, where every x0 would do.
+    """
+    if bool(torch.any(logsnr == logsnr_next)):
+        raise ValueError("inverse_ddim_step needs two different noise levels")
+    alpha, sigma = interpolant(logsnr)
+    alpha_next, sigma_next = interpolant(logsnr_next)
+    ratio = sigma_next / sigma
+    return (x_next - broadcast_right(ratio, x) * x) / broadcast_right(alpha_next - ratio * alpha, x)

@@ -1,0 +1,139 @@
+"""All prediction types are one two-by-two solve."""
+
+import math
+
+import pytest
+import torch
+
+from diffusion_lab.denoisers import (
+    EDM,
+    X0,
+    Eps,
+    NetworkDenoiser,
+    Score,
+    V,
+    Velocity,
+    eps_error_scale,
+    target,
+    x0_from,
+)
+from diffusion_lab.process import RectifiedFlow, VarianceExploding, VariancePreserving, ddim_step, marginal
+
+PREDICTIONS = [X0(), Eps(), V(), Velocity(), Score(), EDM(sigma_data=0.5), EDM(sigma_data=1.3)]
+INTERPOLANTS = [VariancePreserving(), VarianceExploding(), RectifiedFlow()]
+each = pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
+every = pytest.mark.parametrize("interpolant", INTERPOLANTS, ids=lambda i: type(i).__name__)
+
+
+@pytest.fixture
+def problem():
+    g = torch.Generator().manual_seed(0)
+    x0, eps, wrong = (torch.randn(5, 6, generator=g, dtype=torch.float64) for _ in range(3))
+    return x0, eps, wrong, torch.tensor([-8.0, -2.0, 0.0, 3.0, 8.0], dtype=torch.float64)
+
+
+@each
+@every
+def test_target_gives_back_x0(prediction, interpolant, problem):
+    x0, eps, _, logsnr = problem
+    alpha, sigma = interpolant(logsnr)
+    x = marginal(interpolant, x0, eps, logsnr)
+    raw = target(prediction, x0, eps, alpha, sigma)
+    torch.testing.assert_close(x0_from(prediction, x, raw, alpha, sigma), x0, rtol=0, atol=1e-11)
+
+
+@each
+@every
+def test_error_exchange_rate(prediction, interpolant, problem):
+    x0, eps, wrong, logsnr = problem
+    alpha, sigma = interpolant(logsnr)
+    x = marginal(interpolant, x0, eps, logsnr)
+    raw = target(prediction, x0, eps, alpha, sigma)
+    x0_hat = x0_from(prediction, x, raw + wrong, alpha, sigma)
+    eps_hat = (x - alpha[:, None] * x0_hat) / sigma[:, None]
+    scaled = eps_error_scale(prediction, alpha, sigma) * (wrong**2).sum(1)
+    torch.testing.assert_close(scaled, ((eps_hat - eps) ** 2).sum(1), rtol=1e-8, atol=0)
+
+
+def test_v_in_its_own_words(problem):
+    x0, eps, wrong, logsnr = problem
+    alpha, sigma = VariancePreserving()(logsnr)
+    x = marginal(VariancePreserving(), x0, eps, logsnr)
+    # Salimans & Ho 2022: x0 = alpha x - sigma v
+    expected = alpha[:, None] * x - sigma[:, None] * wrong
+    torch.testing.assert_close(x0_from(V(), x, wrong, alpha, sigma), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", [0.5, 1.3])
+def test_edm_in_its_own_words(problem, d):
+    x0, eps, raw, logsnr = problem
+    alpha, sigma = VarianceExploding()(logsnr)
+    x = marginal(VarianceExploding(), x0, eps, logsnr)
+    # Karras et al. 2022, eq. 7: D = c_skip x + c_out F
+    c_skip, c_out = d**2 / (sigma**2 + d**2), sigma * d / torch.sqrt(sigma**2 + d**2)
+    expected = c_skip[:, None] * x + c_out[:, None] * raw
+    torch.testing.assert_close(
+        x0_from(EDM(sigma_data=d), x, raw, alpha, sigma), expected, rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("prediction", [X0(), V(), Velocity(), EDM()], ids=repr)
+@pytest.mark.parametrize("interpolant", [VariancePreserving(), RectifiedFlow()], ids=["vp", "rf"])
+def test_pure_noise_is_no_special_case(prediction, interpolant):
+    alpha, sigma = interpolant(torch.tensor([-math.inf], dtype=torch.float64))
+    x0, eps = torch.full((1, 2), 0.7, dtype=torch.float64), torch.full((1, 2), -0.4, dtype=torch.float64)
+    raw = target(prediction, x0, eps, alpha, sigma)
+    torch.testing.assert_close(x0_from(prediction, eps, raw, alpha, sigma), x0, rtol=0, atol=1e-12)
+
+
+class Linear(torch.nn.Module):
+    """A network that records what it was given."""
+
+    def forward(self, x, logsnr, cond):
+        self.seen = x, logsnr, cond
+        return 0.3 * x
+
+
+@each
+def test_network_denoiser_is_the_same_in_every_interpolant(prediction, problem):
+    # c_in x is shared, so a network whose target knows no interpolant (x0, EDM's F) may be moved between processes
+    x0, eps, _, logsnr = problem
+    outputs, inputs = [], []
+    for interpolant in INTERPOLANTS:
+        denoiser = NetworkDenoiser(
+            network=Linear(), interpolant=interpolant, prediction=prediction, sigma_data=0.5
+        )
+        x = marginal(interpolant, x0, eps, logsnr)
+        outputs.append(denoiser(x, logsnr))
+        inputs.append(denoiser.network.seen[0])
+    torch.testing.assert_close(inputs[0], inputs[1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(inputs[0], inputs[2], rtol=1e-10, atol=1e-12)
+    if isinstance(prediction, X0 | EDM):
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(outputs[0], outputs[2], rtol=1e-10, atol=1e-10)
+
+
+def test_network_denoiser_expands_levels_and_keeps_digits():
+    denoiser = NetworkDenoiser(network=Linear(), interpolant=VariancePreserving(), prediction=V())
+    x = torch.zeros(3, 4)
+    out = denoiser.predict(
+        x, torch.tensor(1.0, dtype=torch.float64), {"label": torch.zeros(3, dtype=torch.long)}
+    )
+    assert denoiser.network.seen[1].shape == (3,) and out.x0.dtype == torch.float32
+    assert "label" in denoiser.network.seen[2]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert denoiser(x, torch.tensor(1.0)).dtype == torch.float32
+
+
+def test_bad_sigma_data():
+    with pytest.raises(ValueError, match="sigma_data"):
+        NetworkDenoiser(network=Linear(), interpolant=VariancePreserving(), prediction=V(), sigma_data=0.0)
+    with pytest.raises(ValueError, match="sigma_data"):
+        EDM(sigma_data=-1.0)
+
+
+def test_ddim_of_a_network_ends_at_its_output():
+    denoiser = NetworkDenoiser(network=Linear(), interpolant=VariancePreserving(), prediction=V())
+    x, logsnr = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(2.0)
+    x0 = denoiser(x, logsnr)
+    assert torch.equal(ddim_step(denoiser.interpolant, x, x0, logsnr, torch.tensor(math.inf)), x0)
