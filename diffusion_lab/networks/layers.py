@@ -1,0 +1,109 @@
+r"""The two blocks of the ADM U-Net.
+
+    residual block     h = conv(silu(norm(x)))                       at the new resolution, if it changes
+                       h = (1 + scale) norm(h) + shift               scale, shift = linear(silu(embedding))
+                       y = skip(x) + conv(dropout(silu(h)))          last conv zero at initialisation
+    attention block    y = x + out(attention(q, k, v)), qkv = conv1x1(norm(x)), out zero at initialisation
+
+References:
+    Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Resample = Literal["none", "down", "up"]
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Set all parameters of `module` to zero and return it."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with 32 groups, or the largest smaller number that divides `channels` into groups of 4 or more."""
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 4)), channels)
+
+
+def resample(x: Tensor, how: Resample) -> Tensor:
+    """Halve by 2x2 averages, double by repetition, or leave `x` `(B, C, H, W)` as it is."""
+    if how == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if how == "up" else x
+
+
+class ResidualBlock(nn.Module):
+    """Residual block with the embedding as scale and shift after the second norm.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        embedding: Width of the embedding.
+        dropout: Probability of dropping an activation before the last convolution.
+        change: Whether the block halves, doubles or keeps the resolution.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        embedding: int,
+        dropout: float,
+        change: Resample = "none",
+    ) -> None:
+        super().__init__()
+        self.change: Resample = change
+        self.norm_in, self.norm_out = group_norm(in_channels), group_norm(out_channels)
+        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv_out = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.modulation = nn.Linear(embedding, 2 * out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map `(B, C, H, W)` to `(B, C', H', W')`; `embedding` is `(B, E)`, already through its activation."""
+        h = self.conv_in(resample(F.silu(self.norm_in(x)), self.change))
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
+        h = self.conv_out(self.dropout(F.silu(h)))
+        return self.skip(resample(x, self.change)) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels of a feature map, through `scaled_dot_product_attention`.
+
+    Args:
+        channels: Channels of the feature map.
+        head_channels: Channels of one head.
+
+    Raises:
+        ValueError: If `head_channels` does not divide `channels`.
+    """
+
+    def __init__(self, *, channels: int, head_channels: int) -> None:
+        super().__init__()
+        if channels % head_channels:
+            raise ValueError(
+                f"head_channels={head_channels} does not divide the {channels} channels of an attention block"
+            )
+        self.heads = channels // head_channels
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, C, H, W)` to the same shape."""
+        B, C, H, W = x.shape
+        # (B, 3C, H, W) -> three of (B, heads, H * W, C / heads)
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
+        h = F.scaled_dot_product_attention(*qkv.unbind(1))
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))

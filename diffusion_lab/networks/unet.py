@@ -1,0 +1,148 @@
+r"""The ADM U-Net: the class-conditional convolutional network that most pixel-space papers start from.
+
+    x -> conv -> [ blocks at side s, halve ] -> ... -> middle -> ... -> [ double, blocks at side s ] -> norm, conv -> F
+                   |______ one skip connection for every block and every halving, concatenated ______|
+
+Sizes in the literature: `channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_channels=64` is
+ADM's ImageNet 64x64 model, 296 million parameters; `channels=128, multipliers=(1, 2, 2, 2), blocks=3,
+attention=(16, 8)` is about improved DDPM's CIFAR-10 model.
+
+References:
+    Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, section 3 and table 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion_lab.networks.embeddings import LabelEmbedding, LogSNREmbedding
+from diffusion_lab.networks.layers import AttentionBlock, Resample, ResidualBlock, group_norm, zero_init
+from diffusion_lab.typing import Cond
+
+
+class Stage(nn.Module):
+    """A residual block and, where asked for, attention after it."""
+
+    def __init__(self, block: ResidualBlock, attention: AttentionBlock | None) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map `(B, C, H, W)` to `(B, C', H', W')`."""
+        x = self.block(x, embedding)
+        return x if self.attention is None else self.attention(x)
+
+
+class UNet(nn.Module):
+    """ADM U-Net, a network `(x, logsnr, cond) -> raw` of the shape of `x`, zero at initialisation.
+
+    Args:
+        in_channels: Channels of the images.
+        size: Side of the images; divisible by 2 ** (len(multipliers) - 1).
+        channels: Channels at full resolution.
+        multipliers: Channels of each level as multiples of `channels`; the resolution halves between levels.
+        blocks: Residual blocks a level.
+        attention: Sides of the feature maps that have attention after each block, e.g. (16, 8).
+        head_channels: Channels of one attention head.
+        dropout: Dropout probability in every residual block.
+        num_classes: Number of classes; 0 for an unconditional network, which ignores `cond`.
+        middle_attention: Whether the middle has attention, whatever its side.
+
+    Raises:
+        ValueError: If `size` cannot be halved often enough, or an attention side is not that of any level.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        size: int,
+        channels: int,
+        multipliers: Sequence[int],
+        blocks: int,
+        attention: Sequence[int] = (),
+        head_channels: int = 64,
+        dropout: float = 0.0,
+        num_classes: int = 0,
+        middle_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        sides = [size >> level for level in range(len(multipliers))]
+        if size % (1 << (len(multipliers) - 1)):
+            raise ValueError(f"images of side {size} cannot be halved {len(multipliers) - 1} times")
+        if set(attention) - set(sides):
+            raise ValueError(
+                f"attention at sides {sorted(set(attention) - set(sides))}, but the levels have sides {sides}"
+            )
+        width = 4 * channels
+        self.level_embedding = LogSNREmbedding(features=channels, width=width)
+        self.label_embedding = LabelEmbedding(num_classes=num_classes, width=width) if num_classes else None
+
+        def stage(inputs: int, outputs: int, side: int, change: Resample = "none") -> Stage:
+            block = ResidualBlock(
+                in_channels=inputs, out_channels=outputs, embedding=width, dropout=dropout, change=change
+            )
+            attends = side in attention and change == "none"
+            return Stage(
+                block, AttentionBlock(channels=outputs, head_channels=head_channels) if attends else None
+            )
+
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.down, skips, now = nn.ModuleList(), [channels], channels
+        for level, (side, multiplier) in enumerate(zip(sides, multipliers, strict=True)):
+            for _ in range(blocks):
+                self.down.append(stage(now, channels * multiplier, side))
+                now = channels * multiplier
+                skips.append(now)
+            if level < len(sides) - 1:
+                self.down.append(stage(now, now, side // 2, "down"))
+                skips.append(now)
+        middle = AttentionBlock(channels=now, head_channels=head_channels) if middle_attention else None
+        first = ResidualBlock(in_channels=now, out_channels=now, embedding=width, dropout=dropout)
+        second = ResidualBlock(in_channels=now, out_channels=now, embedding=width, dropout=dropout)
+        self.middle = nn.ModuleList([Stage(first, middle), Stage(second, None)])
+        self.up = nn.ModuleList()
+        for level, (side, multiplier) in reversed(list(enumerate(zip(sides, multipliers, strict=True)))):
+            for _ in range(blocks + 1):
+                self.up.append(stage(now + skips.pop(), channels * multiplier, side))
+                now = channels * multiplier
+            if level > 0:
+                self.up.append(stage(now, now, side * 2, "up"))
+        self.norm_out = group_norm(now)
+        self.conv_out = zero_init(nn.Conv2d(now, in_channels, 3, padding=1))
+        # convolutions run faster with the channels innermost, on CPUs and on tensor cores alike
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
+        """Return the raw output, `(B, C, H, W)`.
+
+        Args:
+            x: Scaled noisy images `(B, C, H, W)`.
+            logsnr: Noise level `(B,)`.
+            cond: `{"label": (B,)}`, labels 0 .. num_classes - 1 or `NO_LABEL`; None for no label.
+
+        Raises:
+            ValueError: If a label is out of range.
+        """
+        embedding = self.level_embedding(logsnr)
+        if self.label_embedding is not None:
+            embedding = embedding + self.label_embedding(cond, x.shape[0])
+        embedding = F.silu(embedding)
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for stage in self.down:
+            x = stage(x, embedding)
+            skips.append(x)
+        for stage in self.middle:
+            x = stage(x, embedding)
+        for stage in self.up:
+            assert isinstance(stage, Stage)
+            if stage.block.change == "none":
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = stage(x, embedding)
+        return self.conv_out(F.silu(self.norm_out(x)))

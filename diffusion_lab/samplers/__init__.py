@@ -1,0 +1,21 @@
+"""Samplers: from noise to samples along a grid of log-SNRs, with any denoiser and any interpolant."""
+
+from diffusion_lab.samplers.base import Sampler, State, Stepper
+from diffusion_lab.samplers.ddim import DDIM
+from diffusion_lab.samplers.ddpm import DDPM
+from diffusion_lab.samplers.dpmpp_2m import DPMSolverPP2M
+from diffusion_lab.samplers.euler import Euler, Heun
+from diffusion_lab.samplers.generate import CountingDenoiser, Generation
+
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "CountingDenoiser",
+    "DPMSolverPP2M",
+    "Euler",
+    "Generation",
+    "Heun",
+    "Sampler",
+    "State",
+    "Stepper",
+]

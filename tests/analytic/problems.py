@@ -1,0 +1,43 @@
+"""Exact problems on which samplers are proved."""
+
+import math
+
+import torch
+
+from diffusion_lab.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
+from diffusion_lab.process import Cosine, RectifiedFlow, VarianceExploding, VariancePreserving
+from diffusion_lab.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun
+
+D64 = torch.float64
+INTERPOLANTS = {"vp": VariancePreserving(), "ve": VarianceExploding(), "rf": RectifiedFlow()}
+PURE_COSINE = Cosine(logsnr_min=-math.inf, logsnr_max=math.inf)
+
+DETERMINISTIC = {"ddim": DDIM(), "euler": Euler(), "heun": Heun(), "dpmpp_2m": DPMSolverPP2M()}
+STOCHASTIC = {
+    "ddim_half": DDIM(eta=0.5),
+    "ddim_one": DDIM(eta=1.0),
+    "ddpm_lower": DDPM(interpolation=0.0),
+    "ddpm_middle": DDPM(interpolation=0.3),
+    "ddpm_upper": DDPM(interpolation=1.0),
+}
+ALL_SAMPLERS = {**DETERMINISTIC, **STOCHASTIC}
+
+
+def mixture_1d(interpolant):
+    """The mixture of the order test protocol: weights .3/.7, means -1/.8, standard deviations .2/.35; two classes."""
+    return GaussianMixtureDenoiser(
+        means=torch.tensor([[-1.0], [0.8]], dtype=D64),
+        variances=torch.tensor([0.2, 0.35], dtype=D64) ** 2,
+        weights=torch.tensor([0.3, 0.7], dtype=D64),
+        labels=torch.tensor([0, 1]),
+        interpolant=interpolant,
+    )
+
+
+def gaussian(interpolant, variance, dim=1, mean=0.0):
+    """N(mean, variance) in `dim` dimensions."""
+    return GaussianDenoiser(
+        mean=torch.full((dim,), mean, dtype=D64),
+        covariance=torch.full((dim,), variance, dtype=D64),
+        interpolant=interpolant,
+    )

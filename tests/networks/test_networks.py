@@ -1,0 +1,195 @@
+"""The networks: shapes, conditioning, initialisation, and sizes that papers print."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from diffusion_lab.networks import MLP, UNet
+from diffusion_lab.networks import layers as layers_module
+from diffusion_lab.networks.embeddings import LabelEmbedding, LogSNREmbedding
+
+
+def unet(**options):
+    settings = dict(
+        in_channels=1, size=8, channels=16, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=16
+    )
+    return UNet(**{**settings, "num_classes": 3, **options})
+
+
+def awake(network, seed=0):
+    """Fill every parameter, so that zero initialisation hides nothing."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) / math.sqrt(max(1, p[0].numel())))
+    return network.eval()
+
+
+def inputs(batch=4, shape=(1, 8, 8)):
+    g = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(batch, *shape, generator=g),
+        torch.linspace(-5, 5, batch),
+        {"label": torch.arange(batch) % 3},
+    )
+
+
+NETWORKS = {
+    "unet": (unet, (1, 8, 8)),
+    "mlp": (lambda **o: MLP(dim=2, width=16, depth=2, num_classes=3, **o), (2,)),
+}
+each = pytest.mark.parametrize(("make", "shape"), NETWORKS.values(), ids=NETWORKS.keys())
+
+
+@each
+def test_output_is_zero_at_initialisation_and_has_the_shape_of_the_input(make, shape):
+    x, logsnr, cond = inputs(shape=shape)
+    out = make()(x, logsnr, cond)
+    assert out.shape == x.shape and not out.any()
+
+
+@each
+def test_noise_level_and_label_matter_and_null_label_is_no_label(make, shape):
+    network = awake(make())
+    x, logsnr, cond = inputs(shape=shape)
+    out = network(x, logsnr, cond)
+    assert not torch.allclose(out, network(x, logsnr + 1, cond))
+    assert not torch.allclose(out, network(x, logsnr, {"label": (cond["label"] + 1) % 3}))
+    null = network(x, logsnr, {"label": torch.full((4,), -1)})
+    assert torch.equal(null, network(x, logsnr, None)) and not torch.allclose(null, out)
+
+
+@each
+def test_every_parameter_learns(make, shape):
+    network = awake(make()).train()
+    x, logsnr, cond = inputs(shape=shape)
+    cond["label"][0] = -1
+    network(x, logsnr, cond).square().sum().backward()
+    idle = [
+        name for name, p in network.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)
+    ]
+    # a bias before a group norm of one channel a group would be idle; there is none here
+    assert not idle
+
+
+@each
+def test_wrong_label_is_one_clear_line(make, shape):
+    network = make()
+    x, logsnr, _ = inputs(shape=shape)
+    for bad in (3, -2):
+        with pytest.raises(ValueError, match=rf"label {bad} is not one of the model's 3 classes"):
+            network(x, logsnr, {"label": torch.tensor([0, 1, bad, 2])})
+
+
+@each
+def test_infinite_levels_are_finite(make, shape):
+    network = awake(make())
+    x, _, cond = inputs(shape=shape)
+    out = network(x, torch.tensor([math.inf, -math.inf, 40.0, -40.0]), cond)
+    assert bool(torch.isfinite(out).all())
+
+
+def test_unconditional_network_ignores_conditions():
+    network = awake(unet(num_classes=0))
+    x, logsnr, cond = inputs()
+    assert torch.equal(network(x, logsnr, cond), network(x, logsnr, None))
+
+
+@pytest.mark.parametrize(
+    ("size", "multipliers"), [(8, (1, 2)), (28, (1, 2, 2)), (32, (1, 2, 2, 2)), (64, (1, 1, 2, 2))]
+)
+def test_sizes(size, multipliers):
+    network = unet(size=size, multipliers=multipliers, attention=(), in_channels=3)
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    assert network(x, torch.zeros(1), None).shape == x.shape
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match="halved"):
+        unet(size=10, multipliers=(1, 2, 2), attention=())
+    with pytest.raises(ValueError, match="sides"):
+        unet(attention=(16,))
+    with pytest.raises(ValueError, match="head_channels"):
+        unet(head_channels=24)
+
+
+def test_published_size_of_adm():
+    # Dhariwal & Nichol 2021, table 4: the 64x64 class-conditional model has 296 million parameters
+    with torch.device("meta"):
+        network = UNet(
+            in_channels=3,
+            size=64,
+            channels=192,
+            multipliers=(1, 2, 3, 4),
+            blocks=3,
+            attention=(32, 16, 8),
+            head_channels=64,
+            num_classes=1000,
+        )
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == 296
+
+
+def test_attention_happens_at_the_sides_asked_for(monkeypatch):
+    seen = []
+
+    def spy(q, k, v):
+        seen.append((q.shape[1], q.shape[2], q.shape[3]))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    class Spied:
+        scaled_dot_product_attention = staticmethod(spy)
+        silu, avg_pool2d, interpolate = F.silu, F.avg_pool2d, F.interpolate
+
+    monkeypatch.setattr(layers_module, "F", Spied)
+    x, logsnr, cond = inputs()
+    unet(attention=(8,), blocks=2)(x, logsnr, cond)
+    # at side 8: two blocks down, three up, one head of 16; the middle, side 4, has two heads
+    assert seen.count((1, 64, 16)) == 5 and seen.count((2, 16, 16)) == 1 and len(seen) == 6
+    seen.clear()
+    unet(attention=(), middle_attention=False)(x, logsnr, cond)
+    assert not seen
+
+
+def test_dropout_only_while_training():
+    network = awake(unet(dropout=0.5))
+    x, logsnr, cond = inputs()
+    assert torch.equal(network(x, logsnr, cond), network(x, logsnr, cond))
+    network.train()
+    assert not torch.equal(network(x, logsnr, cond), network(x, logsnr, cond))
+
+
+def test_memory_layout_does_not_change_the_answer():
+    network = awake(unet())
+    x, logsnr, cond = inputs()
+    out = network(x.contiguous(memory_format=torch.channels_last), logsnr, cond)
+    torch.testing.assert_close(
+        network.to(memory_format=torch.contiguous_format)(x, logsnr, cond), out, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_level_features_tell_levels_apart():
+    embedding = LogSNREmbedding(features=32, width=8)
+    levels = torch.linspace(-20, 20, 401)
+    angles = levels[:, None] * embedding.frequencies
+    features = torch.cat([angles.cos(), angles.sin()], 1)
+    distance = torch.cdist(features, features) + 10 * torch.eye(401)
+    # no two levels look alike: the nearest neighbour of each is the level beside it
+    nearest = distance.argmin(1)
+    assert int((nearest - torch.arange(401)).abs().max()) == 1
+    with pytest.raises(ValueError, match="even"):
+        LogSNREmbedding(features=3, width=8)
+
+
+def test_null_label_is_the_last_row():
+    embedding = LabelEmbedding(num_classes=3, width=4)
+    assert torch.equal(embedding({"label": torch.tensor([-1])}, 1)[0], embedding.table.weight[3])
+    assert torch.equal(embedding({"text": torch.zeros(2)}, 2), embedding(None, 2))
+
+
+def test_names_do_not_change_under_compile():
+    network = unet()
+    before = list(network.state_dict())
+    network.compile()
+    assert list(network.state_dict()) == before
