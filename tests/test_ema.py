@@ -106,3 +106,19 @@ def test_state_is_exact():
     other = EMA(Net().double(), PowerFunction(sigma_rel=0.1))
     other.load_state_dict(average.state_dict())
     assert all(torch.equal(v, average.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+def test_moving_a_module_between_updates_is_followed():
+    net, start = Net(), torch.ones(2, 3, dtype=torch.float64)
+    average = EMA(net, ConstantDecay(half_life_images=16, ramp_up=None))
+    average.update(net, 16, 16)
+    # a change of dtype, like one of device, gives every tensor a new storage and every buffer a new object
+    net.double()
+    average.module.double()
+    with torch.no_grad():
+        net.a.weight.copy_(start)
+        average.module.a.weight.zero_()
+        net.count += 5
+    average.update(net, 32, 16)
+    torch.testing.assert_close(average.module.a.weight, 0.5 * start)
+    assert int(average.module.count) == 5

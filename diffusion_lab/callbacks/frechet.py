@@ -1,0 +1,145 @@
+"""The Fréchet distance while training, with its protocol in its name.
+
+n samples on fixed seeds, their classes in turn, made by all processes together; the statistics of their
+features are merged over the processes, and the first one computes the distance to the reference images:
+
+    |mu - mu_ref|^2 + tr(cov + cov_ref - 2 (cov cov_ref)^(1/2))
+
+The value is logged as `fd@<n>/<features>/<average>`: distances for different n, features or averages are
+different numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from diffusion_lab.callbacks.base import StepCallback, check_interval, due, paused, sum_over_ranks
+from diffusion_lab.callbacks.sampling import condition, evaluating, labels_for, pick, share
+from diffusion_lab.images import to_uint8
+from diffusion_lab.loggers import log_metrics
+from diffusion_lab.metrics.features import FeatureExtractor
+from diffusion_lab.metrics.frechet import GaussianStats, frechet_distance
+from diffusion_lab.modules.diffusion import DiffusionModule
+from diffusion_lab.samplers.generate import Generation
+
+
+class FrechetDuringTraining(StepCallback):
+    """Measures every so many images, and at the end of the run.
+
+    Args:
+        generation: How samples are made.
+        every_images: Interval.
+        n: Number of samples.
+        extractor: Features.
+        ema: Which average to sample; "raw" for the live weights.
+        reference: Which real images to compare with.
+        seed: Seed of the first sample.
+        batch_size: Samples made at once by a process.
+
+    Attributes:
+        values: Distances by images seen.
+
+    Raises:
+        ValueError: If a count is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        generation: Generation,
+        every_images: int,
+        n: int = 500,
+        extractor: FeatureExtractor,
+        ema: str = "ema",
+        reference: Literal["test", "train"] = "test",
+        seed: int = 0,
+        batch_size: int = 250,
+    ) -> None:
+        super().__init__()
+        check_interval(every_images, "FrechetDuringTraining")
+        if n < 2 or batch_size < 1 or reference not in ("test", "train"):
+            raise ValueError(
+                "FrechetDuringTraining needs n >= 2, batch_size >= 1 and reference test or train, "
+                f"got {n}, {batch_size}, {reference!r}"
+            )
+        self.generation, self.every_images, self.n = generation, every_images, n
+        self.extractor, self.ema, self.reference = extractor, ema, reference
+        self.seed, self.batch_size = seed, batch_size
+        self.values: dict[int, float] = {}
+        self._real: GaussianStats | None = None
+
+    @property
+    def name(self) -> str:
+        """Name under which the value is logged."""
+        return f"fd@{self.n}/{self.extractor.name}/{self.ema}"
+
+    def on_step(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
+        """Measure if due."""
+        if due(module, self.every_images):
+            self.measure(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the end, unless it was just measured or nothing was trained."""
+        if isinstance(pl_module, DiffusionModule) and pl_module.stepped:
+            self.measure(trainer, pl_module)
+
+    def measure(self, trainer: pl.Trainer, module: DiffusionModule) -> float:
+        """Sample, compare and log; every process must call this.
+
+        Returns:
+            The distance; NaN on all processes but the first.
+        """
+        if module.images_seen not in self.values:
+            module.guard.flush()
+            with paused(module), torch.no_grad():
+                fake = self._generated(trainer, module)
+                distance = math.nan
+                if trainer.is_global_zero:
+                    real = self._reference(trainer)
+                    distance = frechet_distance(fake.mean, fake.cov, real.mean, real.cov)
+            self.values[module.images_seen] = distance
+            log_metrics(trainer.loggers, {self.name: distance}, module.images_seen)
+        return self.values[module.images_seen]
+
+    def _reference(self, trainer: pl.Trainer) -> GaussianStats:
+        """Statistics of the real images, computed once."""
+        if self._real is None:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            images, _ = data.test_images() if self.reference == "test" else data.train_images()
+            self._real = self._stats(as_uint8(torch.as_tensor(images)).split(self.batch_size))
+        return self._real
+
+    def _generated(self, trainer: pl.Trainer, module: DiffusionModule) -> GaussianStats:
+        """Statistics of the samples of all processes."""
+        mine = share(self.n, trainer)
+        num_classes = int(getattr(trainer.datamodule, "num_classes", 0) or 0)  # type: ignore[attr-defined]
+        denoiser = pick(module, self.ema)
+        batches = []
+        with evaluating(denoiser):
+            for start in range(0, len(mine), self.batch_size):
+                indices = mine[start : start + self.batch_size]
+                samples = self.generation(
+                    denoiser,
+                    seeds=[self.seed + i for i in indices],
+                    cond=condition(labels_for(indices, num_classes), module.device),
+                    device=module.device,
+                )
+                batches.append(to_uint8(samples))
+        # a process without a share still takes part, on the device that the processes talk through
+        return self._stats(batches).all_reduce(lambda x: sum_over_ranks(x.to(module.device)).to(x.device))
+
+    def _stats(self, batches: list[Tensor] | tuple[Tensor, ...]) -> GaussianStats:
+        stats = GaussianStats(dim=self.extractor.dim)
+        for images in batches:
+            stats.update(self.extractor(images))
+        return stats
+
+
+def as_uint8(images: Tensor) -> Tensor:
+    """Quantise float images; leave uint8 ones as they are."""
+    return images if images.dtype == torch.uint8 else to_uint8(images)

@@ -1,0 +1,73 @@
+"""The global gradient norm: logged, clipped if asked, and the place where a run gone wrong is stopped.
+
+    norm = sqrt(sum_p |g_p|^2),      g_p <- g_p min(1, clip / norm)
+
+Both stay on the device; a value is read only for the log, and for the check of `FiniteGuard`.
+"""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from diffusion_lab.callbacks.base import StepCallback, check_interval, due, sum_over_ranks
+from diffusion_lab.loggers import log_metrics
+from diffusion_lab.modules.diffusion import DiffusionModule
+
+
+class GradientNorm(StepCallback):
+    """Logs `gradient_norm`, and raises NonFiniteLoss before an update with a bad loss or gradient is applied.
+
+    Args:
+        every_images: Interval between logged values.
+        clip: Largest norm let through; None clips nothing. Leave Lightning's `gradient_clip_val` unset then.
+
+    Raises:
+        ValueError: If `every_images` or `clip` is not positive.
+    """
+
+    def __init__(self, *, every_images: int = 10_000, clip: float | None = None) -> None:
+        super().__init__()
+        check_interval(every_images, "GradientNorm")
+        if clip is not None and clip <= 0.0:
+            raise ValueError(f"GradientNorm needs clip > 0, got {clip}")
+        self.every_images = every_images
+        self.clip = clip
+        self._norm: Tensor | None = None
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Measure, check, clip; gradients are complete and shared among processes here."""
+        if not isinstance(pl_module, DiffusionModule):
+            return
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norm = torch.nn.utils.get_total_norm(gradients).float()
+        loss = sum_over_ranks(pl_module.step_loss().float())
+        # a float16 loss scaler expects infinite gradients now and then, and skips those steps itself
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        pl_module.guard.push(
+            torch.stack([torch.zeros_like(norm) if scaled else norm, loss]),
+            step=pl_module.step,
+            images_seen=pl_module.images_seen,
+            terms=pl_module.terms,
+        )
+        # on the CPU the norm is at hand, and most steps need no second pass over the gradients
+        if self.clip is not None and (norm.device.type != "cpu" or float(norm) > self.clip):
+            torch._foreach_mul_(gradients, torch.clamp(self.clip / (norm + 1e-12), max=1.0))
+        self._norm = norm
+
+    def on_step(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
+        """Log if due."""
+        if self._norm is not None and due(module, self.every_images):
+            log_metrics(trainer.loggers, {"gradient_norm": float(self._norm)}, module.images_seen)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read what is still on its way from the GPU."""
+        if isinstance(pl_module, DiffusionModule):
+            pl_module.guard.flush()

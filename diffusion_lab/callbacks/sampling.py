@@ -1,0 +1,78 @@
+"""Sampling during training: shared out among processes, the same images whatever their number.
+
+Sample i has seed `first_seed + i` and, for labelled data, the label i mod K. Process r of R makes the samples
+r, r + R, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from diffusion_lab.modules.diffusion import DiffusionModule
+from diffusion_lab.modules.errors import RunError
+from diffusion_lab.typing import Cond, DenoiserFn
+
+
+def pick(module: DiffusionModule, ema: str) -> DenoiserFn:
+    """Return the denoiser called `ema` ("raw" for the live one).
+
+    Raises:
+        RunError: If there is none of that name.
+    """
+    denoisers = module.denoisers()
+    if ema not in denoisers:
+        raise RunError(f"no average is called {ema!r}; there are: {', '.join(denoisers)}")
+    return denoisers[ema]
+
+
+@contextmanager
+def evaluating(denoiser: DenoiserFn) -> Iterator[None]:
+    """Switch dropout off and gradients, and put things back as they were."""
+    module = denoiser if isinstance(denoiser, nn.Module) else None
+    training = module is not None and module.training
+    if module is not None:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if module is not None and training:
+            module.train()
+
+
+def labels_for(indices: Sequence[int], num_classes: int) -> Tensor | None:
+    """Labels of the samples with these indices: the classes in turn; None for data without labels."""
+    return torch.tensor([i % num_classes for i in indices], dtype=torch.int64) if num_classes > 0 else None
+
+
+def condition(labels: Tensor | None, device: torch.device) -> Cond | None:
+    """Make the conditions of labelled samples."""
+    return None if labels is None else {"label": labels.to(device)}
+
+
+def share(n: int, trainer: pl.Trainer) -> list[int]:
+    """Indices in 0..n-1 that this process makes."""
+    return list(range(trainer.global_rank, n, trainer.world_size))
+
+
+def gather(samples: Tensor, n: int, trainer: pl.Trainer) -> Tensor:
+    """Put the shares of all processes back in order; every process must call this, and gets all `n` samples.
+
+    Args:
+        samples: This process's share `(share, *D)`.
+        n: Number of samples of all shares.
+        trainer: The trainer.
+    """
+    if trainer.world_size == 1:
+        return samples
+    longest = -(-n // trainer.world_size)
+    padded = samples.new_zeros((longest, *samples.shape[1:]))
+    padded[: samples.shape[0]] = samples
+    everyone = [torch.empty_like(padded) for _ in range(trainer.world_size)]
+    torch.distributed.all_gather(everyone, padded)
+    return torch.stack(everyone, dim=1).flatten(0, 1)[:n]

@@ -1,0 +1,190 @@
+r"""What a distance between image sets is measured in: maps from bytes to feature vectors, each with a name and a hash.
+
+    uint8 (N, C, H, W)  --extractor-->  float32 (N, d)
+
+Bytes only: real images and samples then pass the same quantisation, and nobody can feed [0, 1] where [-1, 1] is
+meant.
+
+| extractor | features | weights |
+| --- | --- | --- |
+| `Pixels` | the pixels in [-1, 1] | none |
+| `Coordinates` | points of a vector space as they are (the one that takes floats) | none |
+| `DigitsCNN` | 32 of a classifier of 8x8 digits | in the package |
+| `MNISTCNN` | 64 of a classifier of MNIST | in the package |
+| `Inception` (`metrics/inception.py`) | 2048 of the Inception network of the FID | a file |
+
+A classifier's `features_and_logits` gives both from one pass; `diffusion_lab.metrics.train_classifier` makes the
+weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from diffusion_lab.images import to_float
+from diffusion_lab.metrics.inception import Inception
+from diffusion_lab.metrics.small_cnn import SmallCNN
+
+__all__ = [
+    "Classifier",
+    "Coordinates",
+    "DigitsCNN",
+    "FeatureExtractor",
+    "Inception",
+    "MNISTCNN",
+    "Pixels",
+]
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """A map from images to feature vectors that knows its identity."""
+
+    name: str
+    """Short name for tables, such as `digits-cnn`."""
+    dim: int | None
+    """Length of a feature vector; None where it is that of the data."""
+    sha256: str
+    """Hash of the weights file, or of the definition where there are no weights."""
+    resize: str
+    """How images are resized before the features, "none" where they are not."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the features `(N, d)`, float32, of images `(N, C, H, W)` uint8."""
+        ...
+
+
+@runtime_checkable
+class Classifier(FeatureExtractor, Protocol):
+    """A feature extractor that also says which class it sees."""
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features `(N, d)` and class logits `(N, K)` from one pass."""
+        ...
+
+
+class Pixels(nn.Module):
+    """The pixels themselves, in [-1, 1], so that a distance is in the units of x0."""
+
+    name = "pixels"
+    dim: int | None = None
+    resize = "none"
+    sha256 = hashlib.sha256(b"pixels: level / 127.5 - 1, flattened").hexdigest()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return `(N, C H W)` of uint8 `(N, C, H, W)`.
+
+        Raises:
+            TypeError: If the images are not uint8.
+        """
+        return to_float(images).flatten(1)
+
+
+class Coordinates(nn.Module):
+    """Data that are no images: points `(N, D)` of any floating-point dtype, taken as they are."""
+
+    name = "coordinates"
+    dim: int | None = None
+    resize = "none"
+    sha256 = hashlib.sha256(b"coordinates: the points as they are").hexdigest()
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Return the points.
+
+        Raises:
+            TypeError: If they are not floats: bytes are images, and have other extractors.
+        """
+        if not points.is_floating_point():
+            raise TypeError(f"coordinates are floats, not {points.dtype}; for images use pixels")
+        return points.flatten(1)
+
+
+class CNNFeatures(nn.Module):
+    """Features of a `SmallCNN` from a safetensors file; `metadata` says how it was trained and how good it is.
+
+    Args:
+        name: Name for tables.
+        weights_path: The file.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a file of `train_classifier`.
+    """
+
+    def __init__(self, *, name: str, weights_path: Path) -> None:
+        super().__init__()
+        self.name = name
+        self.resize = "none"
+        if not weights_path.is_file():
+            raise FileNotFoundError(
+                f"no weights of {name} at {weights_path}; python -m diffusion_lab.metrics.train_classifier makes them"
+            )
+        self.sha256 = hashlib.sha256(weights_path.read_bytes()).hexdigest()
+        try:
+            with safe_open(weights_path, framework="pt") as file:
+                self.metadata: dict[str, str] = json.loads((file.metadata() or {})["training"])
+                state = {key: file.get_tensor(key) for key in file.keys()}
+            architecture = json.loads(self.metadata["architecture"])
+            self.network = SmallCNN(**architecture)
+            self.network.load_state_dict(state)
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{weights_path} does not hold a classifier of {name}: {error}") from error
+        self.dim: int | None = architecture["dim"]
+        self.requires_grad_(False)
+
+    @property
+    def test_accuracy(self) -> float:
+        """Share of the real test images that the classifier recognises."""
+        return float(self.metadata["test_accuracy"])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features `(N, dim)` of uint8 `(N, 1, size, size)`."""
+        return self.features_and_logits(images)[0]
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features `(N, dim)` and logits `(N, 10)`.
+
+        Raises:
+            TypeError: If the images are not uint8.
+            ValueError: If their shape is another one; nothing is resized here.
+        """
+        size = self.network.size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (1, size, size):
+            raise ValueError(f"{self.name} takes images (N, 1, {size}, {size}), not {tuple(images.shape)}")
+        with torch.no_grad():
+            return self.network(to_float(images))
+
+
+class DigitsCNN(CNNFeatures):
+    """32 features of a classifier of scikit-learn's 8x8 digits, trained on their train split.
+
+    So few that the 360 images of the test split give a covariance of full rank.
+
+    Args:
+        weights_path: Another weights file than the packaged one.
+    """
+
+    def __init__(self, *, weights_path: str | Path | None = None) -> None:
+        path = WEIGHTS / "digits_cnn.safetensors" if weights_path is None else Path(weights_path)
+        super().__init__(name="digits-cnn", weights_path=path)
+
+
+class MNISTCNN(CNNFeatures):
+    """64 features of a classifier of MNIST, 28x28, trained on its 60,000 training images.
+
+    Args:
+        weights_path: Another weights file than the packaged one.
+    """
+
+    def __init__(self, *, weights_path: str | Path | None = None) -> None:
+        path = WEIGHTS / "mnist_cnn.safetensors" if weights_path is None else Path(weights_path)
+        super().__init__(name="mnist-cnn", weights_path=path)

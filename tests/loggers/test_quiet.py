@@ -1,0 +1,24 @@
+import logging
+import warnings
+
+from diffusion_lab.loggers import hush_lightning
+
+
+def test_adverts_go_and_the_rest_stays(caplog):
+    hush_lightning()
+    hush_lightning()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.warning("Tip: try installing [litlogger](https://pypi.org/project/litlogger/)")
+    logger.warning("something that matters")
+    assert [r.getMessage() for r in caplog.records] == ["something that matters"]
+
+
+def test_hints_go_and_other_warnings_stay():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        hush_lightning()
+        warnings.warn(
+            "The 'train_dataloader' does not have many workers which may be a bottleneck", stacklevel=1
+        )
+        warnings.warn("something that matters", stacklevel=1)
+    assert [str(w.message) for w in seen] == ["something that matters"]
