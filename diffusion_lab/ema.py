@@ -130,7 +130,8 @@ class EMA:
         replaces storages and buffers, changes nothing here.
         """
         self._followed = module
-        self._shadow, self._live = list(self.module.parameters()), list(module.parameters())
+        self._shadow: list[Tensor] = list(self.module.parameters())
+        self._live: list[Tensor] = list(module.parameters())
         self._buffers = [
             (mine, theirs, name)
             for mine, theirs in zip(self.module.modules(), module.modules(), strict=True)

@@ -111,7 +111,7 @@ class FrechetDuringTraining(StepCallback):
         if self._real is None:
             data = trainer.datamodule  # type: ignore[attr-defined]
             images, _ = data.test_images() if self.reference == "test" else data.train_images()
-            self._real = self._stats(as_uint8(torch.as_tensor(images)).split(self.batch_size))
+            self._real = self._stats(as_stored(torch.as_tensor(images)).split(self.batch_size))
         return self._real
 
     def _generated(self, trainer: pl.Trainer, module: DiffusionModule) -> GaussianStats:
@@ -129,7 +129,7 @@ class FrechetDuringTraining(StepCallback):
                     cond=condition(labels_for(indices, num_classes), module.device),
                     device=module.device,
                 )
-                batches.append(to_uint8(samples))
+                batches.append(as_stored(samples))
         # a process without a share still takes part, on the device that the processes talk through
         return self._stats(batches).all_reduce(lambda x: sum_over_ranks(x.to(module.device)).to(x.device))
 
@@ -140,6 +140,6 @@ class FrechetDuringTraining(StepCallback):
         return stats
 
 
-def as_uint8(images: Tensor) -> Tensor:
-    """Quantise float images; leave uint8 ones as they are."""
-    return images if images.dtype == torch.uint8 else to_uint8(images)
+def as_stored(samples: Tensor) -> Tensor:
+    """Return samples as a file would hold them: images `(N, C, H, W)` as bytes, points `(N, D)` as they are."""
+    return to_uint8(samples) if samples.ndim == 4 and samples.is_floating_point() else samples

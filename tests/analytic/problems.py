@@ -41,3 +41,14 @@ def gaussian(interpolant, variance, dim=1, mean=0.0):
         covariance=torch.full((dim,), variance, dtype=D64),
         interpolant=interpolant,
     )
+
+
+def solve(sampler, interpolant, steps):
+    """x0-scaled end points at log-SNR 5 of the order test protocol: 9 starts at log-SNR -5, `steps` equal steps."""
+    grid = torch.cat([torch.linspace(-5, 5, steps + 1, dtype=D64), torch.tensor([math.inf], dtype=D64)])
+    alpha, sigma = interpolant(grid[0])
+    # the same starts in every interpolant: x / sqrt(alpha^2 + sigma^2) is shared
+    x = torch.linspace(-2, 2, 9, dtype=D64)[:, None] * torch.sqrt(alpha**2 + sigma**2)
+    states = {}
+    sampler(mixture_1d(interpolant), x, grid, on_step=lambda k, logsnr, x, x0: states.__setitem__(k, x))
+    return states[steps - 1] / interpolant(grid[steps])[0]

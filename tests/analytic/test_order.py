@@ -8,22 +8,11 @@ trajectory is read at log-SNR 5 through `on_step`; what follows is one call and 
 import math
 
 import pytest
-import torch
-from problems import D64, DETERMINISTIC, INTERPOLANTS, mixture_1d
+from problems import DETERMINISTIC, INTERPOLANTS, solve
 
 from diffusion_lab.samplers import Heun
 
 ORDER = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}
-
-
-def solve(sampler, interpolant, steps):
-    grid = torch.cat([torch.linspace(-5, 5, steps + 1, dtype=D64), torch.tensor([math.inf], dtype=D64)])
-    alpha, sigma = interpolant(grid[0])
-    # the same starts in every interpolant: x / sqrt(alpha^2 + sigma^2) is shared
-    x = torch.linspace(-2, 2, 9, dtype=D64)[:, None] * torch.sqrt(alpha**2 + sigma**2)
-    states = {}
-    sampler(mixture_1d(interpolant), x, grid, on_step=lambda k, logsnr, x, x0: states.__setitem__(k, x))
-    return states[steps - 1] / interpolant(grid[steps])[0]
 
 
 @pytest.fixture(scope="module")

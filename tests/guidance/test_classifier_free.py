@@ -1,14 +1,10 @@
 """Classifier-free guidance: identities to the bit, true costs, and the closed form on Gaussian classes."""
 
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "analytic"))
 from problems import ALL_SAMPLERS, D64, INTERPOLANTS, mixture_1d
 
 from diffusion_lab.denoisers import GaussianDenoiser

@@ -1,13 +1,9 @@
 """What holds for every sampler: one answer in every interpolant, whatever the batch; clear errors; true counts."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "analytic"))
 from problems import ALL_SAMPLERS, D64, DETERMINISTIC, INTERPOLANTS, PURE_COSINE, STOCHASTIC, mixture_1d
 
 from diffusion_lab.guidance import Unguided

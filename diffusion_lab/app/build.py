@@ -1,0 +1,196 @@
+"""From a resolved config to objects, and from a run folder or an export back to a denoiser.
+
+Objects are built by Hydra's `instantiate` from plain containers, so nothing inside ever sees a config object. A
+config read from a folder has passed the allow-list (`choices.read_run`) before it comes here.
+
+The initial weights come from torch's global generator, seeded from the run's seed for just that moment.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import lightning.pytorch as pl
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.errors import UserError, one_line
+from diffusion_lab.app.launch import OWN, outer_world, started_by_others
+from diffusion_lab.callbacks import StopAtImages
+from diffusion_lab.denoisers import NetworkDenoiser
+from diffusion_lab.rng import derive_seed
+from diffusion_lab.samplers.generate import Generation
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training run is made of."""
+
+    module: pl.LightningModule
+    data: pl.LightningDataModule
+    trainer: pl.Trainer
+    callbacks: list[pl.Callback]
+    loggers: list[Any]
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """Return a composed config as resolved plain containers."""
+    found = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else copy.deepcopy(cfg)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def instantiate(node: Any, where: str) -> Any:
+    """Build one node of a resolved config.
+
+    Args:
+        node: Plain containers.
+        where: Its key, for messages.
+
+    Raises:
+        InstantiationException: Of Hydra, from whatever the constructor raised; the entry points make a line of it.
+    """
+    return hydra.utils.instantiate(OmegaConf.create({where: node}), _convert_="all")[where]
+
+
+@contextmanager
+def seeded(*key: int | str) -> Iterator[None]:
+    """Seed torch's global generator for one moment, and put it back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(*key))
+        yield
+
+
+def build(config: Mapping[str, Any]) -> Parts:
+    """Build all that a training run needs.
+
+    Args:
+        config: A resolved config of `train`.
+
+    Raises:
+        UserError: If the trainer cannot be made of what the machine has.
+    """
+    from diffusion_lab.loggers import hush_lightning
+
+    hush_lightning()
+    with seeded("init", config["seed"]):
+        module = instantiate(config["method"], "method")
+    data = instantiate(config["dataset"], "dataset")
+    _compare_shapes(config, data)
+    callbacks = [
+        node for node in instantiate(config["callbacks"] or {}, "callbacks").values() if node is not None
+    ]
+    callbacks.append(StopAtImages(max_images=config["max_images"]))
+    loggers = [node for node in instantiate(config["logger"] or {}, "logger").values() if node is not None]
+    return Parts(module, data, _trainer(config, callbacks, loggers), callbacks, loggers)
+
+
+def _compare_shapes(config: Mapping[str, Any], data: Any) -> None:
+    """The config says what the network is built for, the data say what they are."""
+    for key in ("shape", "num_classes"):
+        found = getattr(data, key, None)
+        found = list(found) if isinstance(found, tuple | list) else found
+        if found is not None and found != config[key] and not (key == "num_classes" and config[key] == 0):
+            raise UserError(
+                f"{key}: the config says {config[key]}, the data set {config['dataset']['_target_']} has {found}"
+            )
+
+
+def _trainer(config: Mapping[str, Any], callbacks: list[pl.Callback], loggers: list[Any]) -> pl.Trainer:
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from diffusion_lab.modules.checkpoint_io import AtomicCheckpointIO
+
+    node = dict(config["trainer"])
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if OWN in os.environ:
+        # named, because inside a Kubernetes pod Lightning would guess otherwise
+        plugins.append(LightningEnvironment())
+    elif started_by_others():
+        _, world, local = outer_world()
+        node.update(devices=local, num_nodes=world // local)
+        if node["strategy"] == "auto":
+            node["strategy"] = "ddp"
+    make = instantiate({**node, "_partial_": True}, "trainer")
+    try:
+        return make(
+            callbacks=callbacks,
+            logger=loggers or False,
+            plugins=plugins,
+            use_distributed_sampler=False,
+            default_root_dir=config["paths"]["run"],
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise UserError(f"trainer: {one_line(str(error))}") from error
+
+
+# ---- back from a folder ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A denoiser rebuilt from a run folder or an export.
+
+    Attributes:
+        denoiser: In evaluation mode, without gradients, on the CPU.
+        config: The config it was trained with.
+        ema: Which weights these are: the name of an average, or "raw".
+        images_seen: Images behind them.
+        sha256: Hash of the weights; what tells two checkpoints of a run apart.
+        source: The file they came from.
+    """
+
+    denoiser: NetworkDenoiser
+    config: dict[str, Any]
+    ema: str
+    images_seen: int
+    sha256: str
+    source: Path
+
+
+def load_denoiser(folder: Path, ema: str | None = None) -> Loaded:
+    """Rebuild the denoiser of a run folder or an export.
+
+    Args:
+        folder: The folder; its config is checked against the allow-list before anything of it is built.
+        ema: Name of an average, or "raw"; None takes the first average, or the raw weights where there is none.
+
+    Raises:
+        UserError: If the folder, the weights or the average asked for are missing, or do not fit the config.
+        RunError: If a checkpoint holds code.
+    """
+    from diffusion_lab.app import export
+
+    config = read_run(folder)
+    weights = export.read_weights(folder, ema)
+    with seeded("init", 0):
+        denoiser = instantiate(config["method"]["denoiser"], "method.denoiser")
+    _fill(denoiser, weights.tensors, folder)
+    denoiser.eval().requires_grad_(False)
+    return Loaded(denoiser, config, weights.name, weights.images_seen, weights.sha256, weights.source)
+
+
+def _fill(denoiser: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    try:
+        denoiser.load_state_dict(dict(tensors), strict=True)
+    except RuntimeError as error:
+        first = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error))
+        raise UserError(f"{folder}: the weights do not fit its config.yaml: {one_line(first)}") from error
+
+
+def generation_of(config: Mapping[str, Any]) -> Generation:
+    """Build how samples are made, out of a resolved config of `sample`, `evaluate` or `train`."""
+    return instantiate(config["generation"], "generation")
+
+
+__all__ = ["Loaded", "Parts", "build", "generation_of", "instantiate", "load_denoiser", "plain", "seeded"]

@@ -1,0 +1,156 @@
+"""Sampling defaults to what the run was trained with: the command line is completed before Hydra reads it.
+
+`sample.py run=<folder> sampler=heun grid.steps=20` means: take sampler, grid, guidance and schedule as the run's
+`config.yaml` recorded them, except the groups named here, and lay the single values on top. Hydra cannot know a run
+folder, so each recorded node becomes an option named `from_run` of its group, held in memory, and `group=from_run` goes
+in front of the user's overrides for every group that he did not choose himself.
+
+With several runs in one sweep the recorded nodes must agree, for Hydra composes the options once for all jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusion_lab.app.allowlist import check_targets
+from diffusion_lab.app.errors import UserError, did_you_mean
+
+FROM_RUN = "from_run"
+SAMPLING = ("schedule", "sampler", "grid", "guidance")
+GROUPS = {"sample": SAMPLING, "evaluate": (*SAMPLING, "metrics")}
+FACTS = ("shape", "num_classes")
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A completed command line.
+
+    Attributes:
+        argv: The arguments for Hydra.
+        recorded: For each group, the option that the run had chosen: what `from_run` stands for.
+        injected: The overrides put in front of the user's.
+    """
+
+    argv: list[str]
+    recorded: dict[str, Any]
+    injected: list[str]
+
+
+def split_override(argument: str) -> tuple[str, str] | None:
+    """Split `key=value` of an override, the marks + ++ ~ and a package left out of the key; None if it is none."""
+    if argument.startswith("-") or "=" not in argument:
+        return None
+    key, value = argument.split("=", 1)
+    return key.lstrip("+~").split("@")[0], value
+
+
+def is_multirun(argv: Sequence[str]) -> bool:
+    """Whether the command line asks for a sweep."""
+    return any(argument in ("-m", "--multirun") for argument in argv) or "hydra.mode=MULTIRUN" in argv
+
+
+def _unquote(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def _quote(text: str) -> str:
+    """Quote a path for Hydra's grammar, in which = , : and blanks mean something and 2025_01 is a number."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def run_folders(value: str, *, multirun: bool) -> list[Path]:
+    """Return the folders that `run=<value>` names; several, parted by commas, in a sweep."""
+    whole = _unquote(value)
+    if Path(whole).exists() or not multirun or "," not in whole:
+        return [Path(whole)]
+    return [Path(_unquote(part.strip())) for part in whole.split(",")]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read the `config.yaml` of a run or export folder as plain data.
+
+    Raises:
+        UserError: If the folder or the file is missing, unreadable, or names targets that are not allowed.
+    """
+    if not folder.is_dir():
+        beside = folder.parent.glob("*") if folder.parent.is_dir() else ()
+        names = [str(folder.parent / item.name) for item in beside if item.is_dir()]
+        raise UserError(f"run={folder}: no such folder{did_you_mean(str(folder), names, limit=0)}")
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"run={folder}: not a run folder or an export, it has no config.yaml")
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        # OmegaConf's loader, because YAML's own reads 1e-3 as a string
+        config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: a mapping is needed, this is a {type(config).__name__}")
+    check_targets(config, str(file))
+    return {str(key): value for key, value in config.items()}
+
+
+def _recorded(config: dict[str, Any], groups: Sequence[str]) -> dict[str, Any]:
+    nodes = {group: config[group] for group in groups if isinstance(config.get(group), dict)}
+    grid = nodes.get("grid")
+    if grid is not None and "schedule" in grid and grid["schedule"] == config.get("schedule"):
+        # let a schedule chosen now reach the recorded grid
+        nodes["grid"] = {**grid, "schedule": "${schedule}"}
+    return nodes
+
+
+def complete(app: str, argv: Sequence[str]) -> Completed:
+    """Complete the command line of `sample` or `evaluate` with what the run recorded.
+
+    Args:
+        app: "sample" or "evaluate".
+        argv: The arguments as typed, program name left out.
+
+    Raises:
+        UserError: If `run=` is missing, its folder is no run, or several runs disagree.
+    """
+    given = [pair for argument in argv if (pair := split_override(argument)) is not None]
+    user = [argument for argument in argv if split_override(argument) is not None or argument.startswith("~")]
+    value = dict(given).get("run")
+    if not value:
+        raise UserError(f"run=<folder> is needed, e.g. python {app}.py run=runs/digits/quickstart/latest")
+    multirun = is_multirun(argv)
+    folders = run_folders(value, multirun=multirun)
+    configs = [read_run(folder) for folder in folders]
+    chosen = {key for key, _ in given}
+    groups = [group for group in GROUPS[app] if group not in chosen]
+
+    nodes = _recorded(configs[0], groups)
+    facts = {key: configs[0][key] for key in FACTS if key in configs[0]}
+    for folder, config in zip(folders[1:], configs[1:], strict=True):
+        other = {**_recorded(config, groups), **{key: config[key] for key in FACTS if key in config}}
+        for key, node in {**nodes, **facts}.items():
+            if other.get(key) != node:
+                advice = f"; choose one for all with {key}=<option>" if key in groups else ""
+                raise UserError(f"the runs {folders[0]} and {folder} differ in their {key}{advice}")
+
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for group, node in nodes.items():
+        store.store(group=group, name=FROM_RUN, node=node, provider="run")
+    injected = [f"{group}={FROM_RUN}" for group in nodes]
+    injected += [f"{key}={_value(fact)}" for key, fact in facts.items() if key not in chosen]
+    quoted = ",".join(_quote(str(folder)) for folder in folders)
+    flags = [argument for argument in argv if argument not in user]
+    rest = [f"run={quoted}" if argument.startswith("run=") else argument for argument in user]
+    choices = configs[0].get("choices") or {}
+    return Completed([*flags, *injected, *rest], {group: choices.get(group) for group in nodes}, injected)
+
+
+def _value(fact: Any) -> str:
+    if isinstance(fact, list):
+        return "[" + ",".join(_value(item) for item in fact) + "]"
+    return "null" if fact is None else str(fact)

@@ -1,0 +1,273 @@
+"""The three entry points: Hydra composes, we check, the app runs; every mistake of the user's is one line.
+
+Nothing here imports torch or lightning before a config has been composed and found valid, so help, tab completion and
+error messages come at once. Hydra runs with its own error report off; what it raises is translated (`messages.py`).
+
+Exit codes: 0 done; 2 a mistake of the user's; 1 a defect, or at least one failed job of a sweep; 130 interrupted.
+Set DIFFUSION_LAB_TRACEBACK=1 to see the full trace of any error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_lab.app.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+TRACEBACK = "DIFFUSION_LAB_TRACEBACK"
+
+
+def train() -> None:
+    """Run `train.py`: compose a config, check it, train."""
+    sys.exit(main("train", sys.argv[1:]))
+
+
+def sample() -> None:
+    """Run `sample.py`: draw samples from a run folder or an export."""
+    sys.exit(main("sample", sys.argv[1:]))
+
+
+def evaluate() -> None:
+    """Run `evaluate.py`: score a run folder, an export or samples."""
+    sys.exit(main("evaluate", sys.argv[1:]))
+
+
+def conf_folder() -> Path:
+    """Return the folder of the configs: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        UserError: If neither is there.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"no conf/ folder in or beside {package}: the installation is incomplete")
+
+
+@dataclass
+class Session:
+    """What one command line has come to."""
+
+    app: str
+    folders: list[Path]
+    overrides: list[str] = field(default_factory=list)
+    injected: list[str] = field(default_factory=list)
+    recorded: dict[str, Any] = field(default_factory=dict)
+    multirun: bool = False
+    error: Exception | None = None
+    failed: int = 0
+    jobs: int = 0
+
+
+def main(app: str, argv: Sequence[str]) -> int:
+    """Run one of the apps on a command line and return the exit code.
+
+    Args:
+        app: "train", "sample" or "evaluate".
+        argv: The arguments, program name left out.
+    """
+    argv = list(argv)
+    try:
+        session = Session(app, [conf_folder(), *_config_dirs(argv)])
+    except UserError as error:
+        return _report(error, str(error))
+    if {"-h", "--help"} & set(argv):
+        from diffusion_lab.app.help import text
+
+        sys.stdout.write(text(app, _program(), session.folders))
+        return 0
+    try:
+        argv = _prepare(session, argv)
+        with _hydra_environment([_program(), *argv]):
+            _compose_and_run(session)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except BrokenPipeError:
+        # `--cfg job | head`: the reader has gone; keep Python from trying again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        return _report(error, _line(session, error))
+    if session.error is not None:
+        return _report(session.error, _line(session, session.error))
+    if session.failed:
+        sys.stderr.write(f"{session.failed} of {session.jobs} jobs failed\n")
+        return 1
+    return 0
+
+
+def _program() -> str:
+    """Return the words that start this program, for messages: `python train.py`, or the console script."""
+    name = Path(sys.argv[0]).name
+    return f"python {name}" if name.endswith(".py") else name
+
+
+def _config_dirs(argv: Sequence[str]) -> list[Path]:
+    """Return the folder given with --config-dir (or -cd), if any."""
+    for index, argument in enumerate(argv):
+        name, mark, value = argument.partition("=")
+        if name in ("--config-dir", "-cd"):
+            folder = value if mark else (argv[index + 1] if index + 1 < len(argv) else "")
+            if not Path(folder).is_dir():
+                raise UserError(f"--config-dir {folder}: no such folder")
+            return [Path(folder)]
+    return []
+
+
+def _prepare(session: Session, argv: list[str]) -> list[str]:
+    """Complete the command line and check what can be checked before Hydra reads it."""
+    from diffusion_lab.app.choices import complete, is_multirun, split_override
+    from diffusion_lab.app.messages import check_options
+
+    session.multirun = is_multirun(argv)
+    if {"-sc", "--shell-completion", "--shell_completion", "--hydra-help", "--version"} & set(argv):
+        return argv
+    check_options([item for item in argv if split_override(item) is not None], session.folders)
+    if session.app != "train":
+        completed = complete(session.app, argv)
+        argv, session.recorded, session.injected = completed.argv, completed.recorded, completed.injected
+    session.overrides = [argument for argument in argv if not argument.startswith("-")]
+    return argv
+
+
+@contextmanager
+def _hydra_environment(argv: list[str]) -> Iterator[None]:
+    """Give Hydra its command line, and make it raise instead of printing."""
+    saved, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    try:
+        yield
+    finally:
+        sys.argv = saved
+        if full is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def _compose_and_run(session: Session) -> None:
+    import hydra
+
+    def job(cfg: DictConfig) -> Any:
+        return _job(session, cfg)
+
+    hydra.main(config_path=str(session.folders[0]), config_name=session.app, version_base="1.3")(job)()
+
+
+def _job(session: Session, cfg: DictConfig) -> Any:
+    """Run one job. A failure is kept for the end of a single run, and told at once in a sweep, which goes on."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra_cfg = HydraConfig.get()
+    session.jobs += 1
+    try:
+        return run_config(session, cfg)
+    except Exception as error:
+        if not session.multirun:
+            session.error = error
+            return None
+        swept = _swept_keys(session)
+        changed = " ".join(item for item in _overrides(hydra_cfg) if item.partition("=")[0] in swept)
+        line = _line(session, error) or one_line(f"{type(error).__name__}: {error}")
+        if os.environ.get(TRACEBACK) == "1":
+            traceback.print_exception(error)
+        sys.stderr.write(f"job {hydra_cfg.job.num} ({changed}): {line}\n")
+        session.failed += 1
+        if not str(hydra_cfg.launcher._target_).endswith("BasicLauncher"):
+            # jobs of other launchers run elsewhere: only what they raise is seen here
+            raise
+        return float("nan")  # what a sweeper that optimises takes for a failed trial
+
+
+def _swept_keys(session: Session) -> set[str]:
+    """Return the keys that the command line gives several values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(session.overrides)
+    return {override.get_key_element() for override in parsed if override.is_sweep_override()}
+
+
+def _overrides(hydra_cfg: Any) -> list[str]:
+    """Return the overrides of the current job, as typed: an interpolation in one is not followed."""
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)
+    assert isinstance(found, list)
+    return [str(item) for item in found]
+
+
+def run_config(session: Session, cfg: DictConfig) -> Any:
+    """Check a composed config and hand it to the app, which is imported only now."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict
+
+    from diffusion_lab.app.help import options
+    from diffusion_lab.app.schema import SCHEMAS
+    from diffusion_lab.app.validate import drop_absent_parts, validate
+
+    hydra_cfg = HydraConfig.get()
+    choices = {
+        key: session.recorded.get(key) if value == "from_run" else value
+        for key, value in hydra_cfg.runtime.choices.items()
+        if not key.startswith("hydra")
+    }
+    with open_dict(cfg):
+        cfg.choices = choices
+        cfg.overrides = [item for item in _overrides(hydra_cfg) if item not in session.injected]
+        if session.app == "train" and cfg.get("name") is None:
+            experiment = choices.get("experiment")
+            cfg.name = experiment if isinstance(experiment, str) and experiment != "null" else "unnamed"
+    drop_absent_parts(cfg, options(session.folders), cfg.overrides)
+    validate(cfg, SCHEMAS[session.app])
+    return importlib.import_module(f"diffusion_lab.app.{session.app}").run(cfg)
+
+
+def _known_keys(session: Session) -> list[str]:
+    """Return every full key of the config composed with the groups of the command line and no single values."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from diffusion_lab.app.help import options
+    from diffusion_lab.app.validate import all_keys
+
+    groups = options(session.folders)
+    chosen = [item for item in session.overrides if item.split("=")[0] in groups and "," not in item]
+    extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in session.folders[1:])}]"]
+    with initialize_config_dir(str(session.folders[0]), version_base="1.3"):
+        for overrides in ([*chosen, *(extra if session.folders[1:] else [])], []):
+            try:
+                cfg = compose(session.app, overrides=overrides)
+            except Exception:  # the command line is wrong in more than one place: look without it
+                continue
+            assert OmegaConf.is_dict(cfg)
+            return all_keys(cfg)
+    return []
+
+
+def _line(session: Session, error: Exception) -> str | None:
+    """Return the one line for a mistake of the user's, or None for a defect of ours."""
+    from diffusion_lab.app.messages import translate
+
+    return translate(error, session.overrides, session.folders, lambda: _known_keys(session))
+
+
+def _report(error: Exception, line: str | None) -> int:
+    if line is None:
+        traceback.print_exception(error)
+        return 1
+    if os.environ.get(TRACEBACK) == "1":
+        traceback.print_exception(error)
+    sys.stderr.write(f"error: {line}\n")
+    return 2

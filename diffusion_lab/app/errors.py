@@ -1,0 +1,44 @@
+"""Errors that are the user's to mend: one clear line, no trace.
+
+Whoever finds such a mistake raises `UserError` with a message that names the thing and, where there is one, the nearest
+valid alternative. The entry points (`cli.py`) print the message and leave with exit code 2. Everything else is a defect
+of ours and keeps its trace.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a command line, a config, a file or a folder; the message is one line for the user."""
+
+
+def nearest(word: str, options: Iterable[str]) -> str | None:
+    """Return the option most like `word`, or None where nothing is close.
+
+    Case is ignored, and an option that only adds or drops letters at an end counts as close.
+    """
+    by_lower = {option.lower(): option for option in options}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
+    if not found:
+        found = [low for low in sorted(by_lower, key=len) if len(word) > 2 and low.startswith(word.lower())]
+    return by_lower[found[0]] if found else None
+
+
+def did_you_mean(word: str, options: Iterable[str], *, limit: int = 12) -> str:
+    """Return the tail of an error message: "; did you mean 'x'?", else the options (`limit` of them), else nothing."""
+    options = sorted(set(options))
+    guess = nearest(word, options)
+    if guess is not None:
+        return f"; did you mean '{guess}'?"
+    if not options or not limit:
+        return ""
+    shown = ", ".join(options[:limit]) + (", ..." if len(options) > limit else "")
+    return f"; there are: {shown}"
+
+
+def one_line(text: str) -> str:
+    """Return `text` with every run of white space made one blank."""
+    return " ".join(text.split())

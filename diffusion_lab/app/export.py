@@ -1,0 +1,177 @@
+"""Weights to give away: one safetensors file for each average, and the config that rebuilds the denoiser.
+
+    export/
+        ema.safetensors       tensors of the denoiser; metadata: run, images seen, name of the average
+        config.yaml           the run's config without this machine's folders and without what only training needs
+
+`sample.py` and `evaluate.py` take an export like a run. safetensors hold nothing but tensors and strings, and the
+config is checked against the allow-list, so an export from a stranger is data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from diffusion_lab.app.errors import UserError, did_you_mean
+from diffusion_lab.app.run import RunFolder, write_atomically
+
+RAW = "raw"
+PREFIX = "denoiser."
+# what only training needs, or only this machine has
+DROPPED = ("paths", "callbacks", "logger", "trainer", "resume", "overrides")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one denoiser.
+
+    Attributes:
+        name: Name of the average, or "raw".
+        tensors: The denoiser's state dict.
+        images_seen: Images behind them.
+        sha256: Hash over names, shapes, types and bytes.
+        source: The file they came from.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    images_seen: int
+    sha256: str
+    source: Path
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash tensors by name, type, shape and value, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def averages_of(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Return the weights of every average of a checkpoint, as state dicts of the denoiser."""
+    for key, state in (checkpoint.get("callbacks") or {}).items():
+        if key.startswith("EMACallback"):
+            return {name: dict(average) for name, average in state.items()}
+    return {}
+
+
+def raw_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the live weights of a checkpoint as a state dict of the denoiser."""
+    state = checkpoint["state_dict"]
+    return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+
+
+def read_weights(folder: Path, ema: str | None) -> Weights:
+    """Read the weights of a run folder (from its newest good checkpoint) or of an export.
+
+    Args:
+        folder: The folder.
+        ema: Name of an average, or "raw"; None takes the first average, or the raw weights where there is none.
+
+    Raises:
+        UserError: If there are no weights, or none of that name.
+        RunError: If a checkpoint is unsafe.
+    """
+    files = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    return _from_export(folder, files, ema) if files else _from_run(folder, ema)
+
+
+def _choose(ema: str | None, names: list[str], folder: Path) -> str:
+    if ema is None:
+        return next((name for name in names if name != RAW), RAW)
+    if ema not in names:
+        raise UserError(f"ema={ema}: {folder} has no such weights{did_you_mean(ema, names)}")
+    return ema
+
+
+def _from_run(folder: Path, ema: str | None) -> Weights:
+    from diffusion_lab.app.resume import newest_checkpoint
+    from diffusion_lab.modules.checkpoint_io import load_checkpoint
+
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: no weights here, neither checkpoints/ nor *.safetensors")
+    source = newest_checkpoint(folder)
+    checkpoint = load_checkpoint(source)
+    averages = averages_of(checkpoint)
+    name = _choose(ema, [*averages, RAW], folder)
+    tensors = raw_of(checkpoint) if name == RAW else averages[name]
+    return Weights(name, tensors, int(checkpoint["images_seen"]), hash_tensors(tensors), source)
+
+
+def _from_export(folder: Path, files: Mapping[str, Path], ema: str | None) -> Weights:
+    from safetensors import SafetensorError, safe_open
+
+    order = (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) or {}).get("averages") or {}  # type: ignore[union-attr]
+    names = [str(name) for name in order if name in files] + [name for name in files if name not in order]
+    name = _choose(ema, names, folder)
+    try:
+        with safe_open(files[name], framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            facts = file.metadata() or {}
+    except (SafetensorError, OSError, struct.error) as error:
+        raise UserError(f"{files[name]} is not a readable safetensors file: {error}") from error
+    images = facts.get("images_seen", "0")
+    return Weights(name, tensors, int(images) if images.isdigit() else 0, hash_tensors(tensors), files[name])
+
+
+def export_run(folder: RunFolder, config: Mapping[str, Any]) -> list[Path]:
+    """Write the averages of a run's newest good checkpoint (the raw weights if it has none) to its export folder.
+
+    Args:
+        folder: The run.
+        config: Its resolved config.
+
+    Returns:
+        The files with weights.
+
+    Raises:
+        UserError: If the run has no usable checkpoint.
+    """
+    from diffusion_lab.app.resume import newest_checkpoint
+    from diffusion_lab.modules.checkpoint_io import load_checkpoint
+
+    checkpoint = load_checkpoint(newest_checkpoint(folder.path))
+    averages = averages_of(checkpoint) or {RAW: raw_of(checkpoint)}
+    folder.export.mkdir(exist_ok=True)
+    write_atomically(folder.export / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(_portable(config))))
+    facts = {
+        "run": f"{config['name']}/{folder.path.name}",
+        "images_seen": str(checkpoint["images_seen"]),
+        "format": "diffusion_lab 1",
+    }
+    return [
+        _save(tensors, folder.export / f"{name}.safetensors", {**facts, "average": name})
+        for name, tensors in averages.items()
+    ]
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, facts: dict[str, str]) -> Path:
+    from safetensors.torch import save_file
+
+    # tied weights would be refused: each name gets its own copy
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    aside = path.with_name(f".{path.name}.tmp")
+    save_file(whole, aside, metadata=facts)
+    aside.replace(path)
+    return path
+
+
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in DROPPED}
+    root = (kept.get("dataset") or {}).get("root")
+    if isinstance(root, str):
+        # found again below DIFFUSION_LAB_DATA, wherever that is
+        kept["dataset"] = {**kept["dataset"], "root": Path(root).name}
+    return kept

@@ -1,0 +1,142 @@
+"""Hydra's and OmegaConf's exceptions, told in one line that names the key and the nearest valid one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from diffusion_lab.app.choices import FROM_RUN
+from diffusion_lab.app.errors import UserError, did_you_mean, nearest, one_line
+from diffusion_lab.app.help import options
+
+Keys = Callable[[], list[str]]
+
+
+def check_options(arguments: Sequence[str], folders: Sequence[Path]) -> None:
+    """Check `group=option[,option...]` overrides against the files, before anything runs.
+
+    Hydra finds a misspelt option of a sweep only when its job comes up, after the jobs before it have run.
+
+    Raises:
+        UserError: If an option does not exist.
+    """
+    groups = options(folders)
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        group = key.split("@")[0]
+        names = groups.get(group)
+        if names is None or not value or not re.fullmatch(r"[\w/,. \[\]-]+", value):
+            continue
+        for word in value.strip("[]").split(","):
+            word = word.strip().removesuffix(".yaml")
+            if word and word not in (*names, FROM_RUN, "null"):
+                raise UserError(f"{argument}: {_no_option(group, word, names)}")
+
+
+def _no_option(group: str, option: str, names: Sequence[str]) -> str:
+    return f"no option '{option}' in group '{group}'{did_you_mean(option, names)}"
+
+
+def unknown_key(key: str, override: str, folders: Sequence[Path], known: Sequence[str]) -> str:
+    """Return the line for an override whose key is neither a group nor a key of the config.
+
+    Args:
+        key: The key, marks and package left out.
+        override: The override as typed.
+        folders: The config folders, for the groups.
+        known: Every full key of the config.
+    """
+    parent, _, last = key.rpartition(".")
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    if parent and siblings:
+        return f"{override}: no key '{last}' in '{parent}'{did_you_mean(last, siblings)}"
+    if parent:
+        guess = nearest(parent, {name.rpartition(".")[0] for name in known} - {""})
+        full = f"{guess}.{last}" if guess else ""
+        tail = f"; did you mean '{full}'?" if full in known else did_you_mean(key, known, limit=0)
+        return f"{override}: no key '{key}'{tail}"
+    guess = nearest(key, {*options(folders), *siblings})
+    if guess is None:
+        deeper = [name for name in known if name.rpartition(".")[2] == key]
+        guess = min(deeper, key=lambda name: (name.count("."), name)) if deeper else None
+    tail = f"; did you mean '{guess}'?" if guess else "; --help lists the groups, --cfg job every key"
+    return f"{override}: no group or key '{key}'{tail}"
+
+
+def translate(
+    error: BaseException, overrides: Sequence[str], folders: Sequence[Path], keys: Keys
+) -> str | None:
+    """Return one line for a mistake of the user's, or None for a defect of ours.
+
+    Args:
+        error: What was raised.
+        overrides: The overrides of the command line, to find the one at fault.
+        folders: The config folders, for the groups and their options.
+        keys: Gives every full key of the config composed without single values; called only when needed.
+    """
+    from hydra import errors as hydra_errors
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if is_for_user(error) or isinstance(error, YAMLError):
+        return one_line(str(error))
+    if isinstance(error, hydra_errors.InstantiationException):
+        return _instantiation(error)
+    if isinstance(error, hydra_errors.OverrideParseException):
+        return _malformed(error.override, str(error))
+    if isinstance(error, hydra_errors.MissingConfigException):
+        return _missing(str(error.missing_cfg_file or ""), str(error), folders)
+    if isinstance(error, hydra_errors.HydraException | OmegaConfBaseException):
+        return _composition(error, overrides, folders, keys)
+    return None
+
+
+def _malformed(override: str, text: str) -> str:
+    if "=" not in override:
+        return f"{override}: an override reads key=value (or ~key to drop one)"
+    return f"{override}: malformed override: {one_line(text.split(chr(10) + 'See ')[0])}"
+
+
+def _missing(missing: str, text: str, folders: Sequence[Path]) -> str:
+    """Tell that a file named by a defaults list or the command line is not there."""
+    groups = options(folders)
+    group, _, option = missing.partition("/")
+    if group in groups and option:
+        return f"{group}={option}: {_no_option(group, option, groups[group])}"
+    return f"{missing}: no such config{did_you_mean(group, groups)}" if option else one_line(text)
+
+
+def _composition(error: BaseException, overrides: Sequence[str], folders: Sequence[Path], keys: Keys) -> str:
+    """Tell why Hydra or OmegaConf refused an override or a defaults list."""
+    text, cause = str(error), str(error.__cause__ or "")
+    if taken := re.search(r"An item is already at '([^']+)'", text):
+        plain = next((item for item in overrides if item.startswith(f"+{taken[1]}=")), f"+{taken[1]}=")
+        return f"{plain}: '{taken[1]}' exists already; write {plain.lstrip('+')} to change it"
+    if refused := re.search(r"Could not (?:override|delete from config\.) ?'([^']+)'", text):
+        override = next((item for item in overrides if item.lstrip("+~").split("=")[0] == refused[1]), None)
+        if "is not in struct" in cause or "No match in the defaults list" in text or "delete" in refused[0]:
+            return unknown_key(refused[1].split("@")[0].lstrip("/"), override or refused[1], folders, keys())
+        return f"{override or refused[1]}: {one_line((cause or text).splitlines()[0])}"
+    head, tail = one_line(text), one_line(cause.splitlines()[0]) if cause else ""
+    return head if tail in head else f"{head}: {tail}"
+
+
+def is_for_user(error: BaseException) -> bool:
+    """Whether an error's message is written for the user: `UserError`, and the errors of training and of data.
+
+    The latter two are known by name, for their packages pull in torch and we may be here before that.
+    """
+    return any(kind.__name__ in {"UserError", "RunError", "DataError"} for kind in type(error).__mro__)
+
+
+def _instantiation(error: BaseException) -> str | None:
+    """Tell which object refused its arguments, in its own words. A defect deeper inside keeps its trace."""
+    cause = error.__cause__
+    place = re.search(r"full_key: (\S+)", str(error))
+    where = f"{place.group(1)}: " if place else ""
+    if cause is not None and is_for_user(cause):
+        return one_line(str(cause))
+    if cause is None or isinstance(cause, ValueError | TypeError | OSError | LookupError | ImportError):
+        return one_line(f"{where}{cause if cause is not None else error}")
+    return None

@@ -1,0 +1,260 @@
+"""Samples from a run folder or an export: as many as asked for, each from its own seed, in a folder of their own.
+
+    <out>/grid.png        the first ones; every class is a column
+    <out>/samples.npz     images: uint8 (N, H, W, C), or float32 (N, D) for data that are no images; labels: int64
+    (N,), -1 for none <out>/record.json     which weights, which settings, on what machine
+
+Everything about the arithmetic is in `parts.py`. A job that was interrupted goes on where it was; one that is done is
+found done. A folder that holds other samples is never written over.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from diffusion_lab.app import launch, parts, record
+from diffusion_lab.app.build import Loaded, generation_of, load_denoiser, plain
+from diffusion_lab.app.display import Ticker, facts_table, show
+from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.job import STRIDE, Job, from_config, read_job
+from diffusion_lab.app.run import digest, write_atomically
+
+SHOWN_ROWS = 10
+SHOWN_COLUMNS = 16
+
+
+def run(cfg: DictConfig) -> Path:
+    """Draw the samples that a composed and checked config asks for.
+
+    Args:
+        cfg: The config of `conf/sample.yaml`.
+
+    Returns:
+        The folder with the samples.
+
+    Raises:
+        UserError: If the run, the weights or the settings are no good, or `out` holds other samples.
+    """
+    config = plain(cfg)
+    folder = Path(config["run"]).resolve()
+    loaded = load_denoiser(folder, config["ema"])
+    job = from_config({**config, "run": str(folder)}, loaded)
+    out = Path(config["out"]) if config["out"] else default_out(folder, job, loaded)
+    command = record.command("sample", config.get("overrides") or [])
+    facts = draw(job, loaded, out, devices=int(config["devices"]), command=command)
+    seconds = facts.get("seconds")
+    table = [
+        (
+            "samples",
+            f"{job.num_samples:,} from {config['run']}, weights {loaded.ema} at {loaded.images_seen:,} images",
+        ),
+        ("sampler", f"{facts['sampler']}, {facts['nfe']} evaluations of the network each"),
+        (
+            "speed",
+            f"{facts['made'] / seconds:,.1f} samples/s" if seconds and facts["made"] else "made before",
+        ),
+        ("grid", str(out / "grid.png")),
+        ("images", str(out / "samples.npz")),
+    ]
+    show(facts_table(table, "sampled"))
+    return out
+
+
+def default_out(folder: Path, job: Job, loaded: Loaded) -> Path:
+    """Return the folder for samples when none is named: inside the run, after the settings."""
+    name = (
+        f"{loaded.ema}-{loaded.images_seen:010d}-n{job.num_samples}-seed{job.seed}-{digest(job.settings)[:8]}"
+    )
+    return folder / "samples" / name
+
+
+def describe(generation: Mapping[str, Any], part: str) -> str:
+    """Return a part of how samples are made as text: the class and its plain settings."""
+    node = generation.get(part) or {}
+    name = str(node.get("_target_", "none")).rsplit(".", 1)[-1]
+    plain_settings = [
+        f"{k}={v}" for k, v in node.items() if not k.startswith("_") and not isinstance(v, dict)
+    ]
+    nested = [f"{k}={describe(node, k)}" for k, v in node.items() if isinstance(v, dict)]
+    return f"{name}({', '.join([*nested, *plain_settings])})"
+
+
+def find_done(job: Job, folder: Path) -> Path | None:
+    """Return the folder inside a run that holds most of the samples of a job: those of the same settings."""
+    best: tuple[int, Path] | None = None
+    for file in sorted((folder / "samples").glob("*/record.json")):
+        told = record.read(file)
+        if told.get("settings_hash") == digest(job.settings) and (file.parent / "samples.npz").is_file():
+            found = int(told["num_samples"]), file.parent
+            best = found if best is None or found[0] > best[0] else best
+    return best[1] if best else None
+
+
+def _is_same(told: Mapping[str, Any], job: Job) -> bool:
+    return told.get("settings_hash") == digest(job.settings) and told.get("num_samples") == job.num_samples
+
+
+def draw(
+    job: Job,
+    loaded: Loaded,
+    out: Path,
+    *,
+    devices: int = 1,
+    command: str = "",
+    earlier: Path | None = None,
+) -> dict[str, Any]:
+    """Make the samples of a job, or what is missing of them.
+
+    Args:
+        job: What to sample.
+        loaded: The denoiser that belongs to it.
+        out: The folder; made if it is not there.
+        devices: Processes that share the work.
+        command: What was asked for, for the record.
+        earlier: A folder with the first samples of the same settings, which need not be made again.
+
+    Returns:
+        What record.json says, and `made`: how many were made now.
+
+    Raises:
+        UserError: If `out` holds other samples.
+    """
+    if (out / "samples.npz").exists():
+        told = record.read(out / "record.json")
+        if not _is_same(told, job):
+            raise UserError(
+                f"out={out}: other samples are there already; name another folder, or remove this one"
+            )
+        print(f"{out} holds these samples already")
+        return {**told, "made": 0}
+    folder = out / "parts"
+    _check_begun(job, folder)
+    if earlier is not None and not parts.finished(folder):
+        with np.load(earlier / "samples.npz", allow_pickle=False) as stored:
+            parts.prefill(job, folder, stored["images"])
+    began = time.perf_counter()
+    todo = parts.missing(job, folder)
+    left = sum(len(part) for part in todo)
+    if left < job.num_samples:
+        print(f"{job.num_samples - left:,} of {job.num_samples:,} samples are there already")
+    job.write(folder / "job.json")
+    write_atomically(folder / "plan.json", json.dumps([[part.start, part.stop] for part in todo]))
+    ticker = Ticker("sampling", job.num_samples, done=job.num_samples - left, unit="samples")
+    try:
+        if devices > 1 and todo:
+            _in_ranks(job, folder, min(devices, len(todo)), ticker)
+        else:
+            parts.make(job, loaded, todo, folder, on_part=lambda part: ticker.update(ticker.done + len(part)))
+    finally:
+        ticker.close()
+    facts = _facts(job, loaded, command)
+    facts["seconds"] = round(time.perf_counter() - began, 3)
+    _finish(job, folder, out, facts)
+    return {**facts, "made": left}
+
+
+def _check_begun(job: Job, folder: Path) -> None:
+    """An unfinished job in the folder must be this one, whatever its batch size and number of samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        begun = read_job(folder / "job.json")
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'job.json'} is damaged; remove {folder}") from error
+    if digest(begun.settings) != digest(job.settings):
+        raise UserError(
+            f"out={folder.parent}: an unfinished job with other settings or weights is there; "
+            "name another folder, or remove it"
+        )
+
+
+def _in_ranks(job: Job, folder: Path, devices: int, ticker: Ticker) -> None:
+    before = ticker.done
+
+    def watch() -> None:
+        have = sum(min(part.stop, job.num_samples) - part.start for part in parts.finished(folder))
+        ticker.update(min(job.num_samples, max(before, have)))
+
+    ended = launch.launch(
+        ["sample", str(folder / "job.json")], world=devices, logs=folder / "logs", watch=watch
+    )
+    watch()
+    if ended.signal is not None:
+        print("interrupted; the same command goes on from here", flush=True)
+        if ended.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + ended.signal)
+
+
+def _facts(job: Job, loaded: Loaded, command: str) -> dict[str, Any]:
+    generation = generation_of({"generation": job.generation})
+    label = None if job.num_classes == 0 else {"label": torch.zeros(1, dtype=torch.int64)}
+    return {
+        "created": record.now(),
+        "app": "sample",
+        "command": command,
+        "run": job.run,
+        "weights": {
+            "ema": loaded.ema,
+            "images_seen": loaded.images_seen,
+            "sha256": loaded.sha256,
+            "source": str(loaded.source),
+        },
+        "num_samples": job.num_samples,
+        "seed": job.seed,
+        "streams": f"({STRIDE} * seed + index) mod 2^32",
+        "labels": "classes in turn" if job.labels is None and job.num_classes else job.labels,
+        "sampler": describe(job.generation, "sampler"),
+        "grid": describe(job.generation, "grid"),
+        "guidance": describe(job.generation, "guidance"),
+        "nfe": generation.nfe(loaded.denoiser.interpolant, label),
+        "settings": job.settings,
+        "settings_hash": digest(job.settings),
+        "versions": record.versions(),
+        "git": record.git_state(),
+        "hardware": record.hardware(),
+    }
+
+
+def _finish(job: Job, folder: Path, out: Path, facts: Mapping[str, Any]) -> None:
+    """Put the parts together; samples.npz comes last, so that it is there only if all is."""
+    images = parts.collect(job, folder)
+    labels = job.label_list(range(job.num_samples)) or [-1] * job.num_samples
+    save_grid(images, np.asarray(labels), job.num_classes, out / "grid.png")
+    record.write(out / "record.json", facts)
+    aside = out / ".samples.npz.tmp"
+    with aside.open("wb") as file:
+        np.savez(file, images=images, labels=np.asarray(labels, dtype=np.int64))
+    aside.replace(out / "samples.npz")
+    shutil.rmtree(folder)
+
+
+def save_grid(images: np.ndarray, labels: np.ndarray, num_classes: int, path: Path) -> None:
+    """Draw the first samples: a grid of images, or the points of data in the plane.
+
+    Args:
+        images: As in samples.npz.
+        labels: As in samples.npz.
+        num_classes: Columns, where the classes come in turn.
+        path: The PNG.
+    """
+    if images.ndim != 4:
+        from diffusion_lab.app.report.figures import points_png
+
+        path.write_bytes(points_png([("samples", images, labels)]))
+        return
+    from diffusion_lab.app.report.figures import tile
+
+    columns = num_classes if 1 < num_classes <= SHOWN_COLUMNS else SHOWN_ROWS
+    tile(images[: columns * SHOWN_ROWS], columns).save(path)

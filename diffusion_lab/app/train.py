@@ -1,0 +1,249 @@
+"""A training job from the composed config to the report.
+
+    decide the run folder -> write config.yaml -> build -> fit (here, or in several processes) -> export -> report
+    -> table
+
+The config that is trained is the one in the folder: ranks read it from there, and so does a resume. A run that a
+signal ended is saved and left as it is; the same command with `resume=auto` goes on with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from diffusion_lab.app import launch, record, resume
+from diffusion_lab.app.build import build, plain
+from diffusion_lab.app.display import show, summary
+from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.run import RunFolder, claimed, identity, write_atomically
+
+
+def run(cfg: DictConfig) -> Path:
+    """Train what a composed and checked config says.
+
+    Args:
+        cfg: The config of `conf/train.yaml`, not resolved, with `name`, `choices` and `overrides` filled in.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: If the run cannot start or go on.
+        SystemExit: With code 0 if a signal ended it after a checkpoint: what comes after it, a sweep, ends too.
+        KeyboardInterrupt: After a Ctrl-C, once the checkpoint is written.
+    """
+    if launch.started_by_others():
+        return _as_one_of_many(cfg)
+    config = plain(cfg)
+    start = resume.decide(config)
+    with claimed(start.folder):
+        config = _settle(cfg, start.folder)
+        if start.checkpoint is not None and start.images_seen >= config["max_images"]:
+            print(
+                f"{start.folder.path} is finished: {start.images_seen:,} images seen; only its report is made again"
+            )
+            _conclude(start.folder, config)
+            return start.folder.path
+        _open_record(start, config)
+        trainer = config["trainer"]
+        world = launch.process_count(trainer["devices"], trainer["accelerator"])
+        if int(trainer.get("num_nodes") or 1) > 1:
+            raise UserError(
+                "trainer.num_nodes: several machines are started by torchrun or srun, see docs/runs.md"
+            )
+        if world > 1:
+            _in_ranks(start, world)
+        else:
+            fit(start.folder, start.checkpoint)
+        _conclude(start.folder, config)
+    return start.folder.path
+
+
+def _settle(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
+    """Fill in where the run lives, and write the config that will be trained."""
+    with open_dict(cfg):
+        cfg.run_id = folder.path.name
+        cfg.paths.run = str(folder.path)
+        cfg.resume = None
+    config = plain(cfg)
+    write_atomically(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
+    return config
+
+
+def _open_record(start: resume.Start, config: Mapping[str, Any]) -> None:
+    record.start(
+        start.folder.record,
+        command=record.command("train", config.get("overrides") or []),
+        facts={
+            "app": "train",
+            "run": f"{config['name']}/{start.folder.path.name}",
+            "identity": identity(config),
+            "seed": config["seed"],
+            "resumed_from": None if start.checkpoint is None else start.checkpoint.name,
+        },
+    )
+    if start.checkpoint is None:
+        print(f"run {start.folder.path}", flush=True)
+    else:
+        print(f"run {start.folder.path} goes on at {start.images_seen:,} images", flush=True)
+
+
+def _in_ranks(start: resume.Start, world: int) -> None:
+    words = ["train", str(start.folder.path), *([str(start.checkpoint)] if start.checkpoint else [])]
+    try:
+        ended = launch.launch(words, world=world, logs=start.folder.logs)
+    except BaseException:
+        if record.read(start.folder.record).get("status") == "running":
+            record.finish(start.folder.record, "failed")
+        raise
+    if record.read(start.folder.record).get("status") in ("preempted", "running"):
+        if record.read(start.folder.record).get("status") == "running":
+            record.finish(start.folder.record, "preempted")
+        _stop(interrupted=ended.signal == signal.SIGINT)
+
+
+def _stop(*, interrupted: bool) -> None:
+    if interrupted:
+        raise KeyboardInterrupt
+    raise SystemExit(0)
+
+
+def _as_one_of_many(cfg: DictConfig) -> Path:
+    """Take part in a job whose processes torchrun or srun started: the first one decides, all read its folder."""
+    rank, _, _ = launch.outer_world()
+    message: tuple[str, Any, Any]
+    start = None
+    try:
+        if rank == 0:
+            start = resume.decide(plain(cfg))
+            config = _settle(cfg, start.folder)
+            finished = start.checkpoint is not None and start.images_seen >= config["max_images"]
+            message = ("done" if finished else "go", str(start.folder.path), start.checkpoint)
+        else:
+            message = ("", None, None)
+    except UserError as error:
+        message = ("error", str(error), None)
+    word, where, checkpoint = launch.tell_everyone(message)
+    if word == "error":
+        raise UserError(where)
+    folder = RunFolder(Path(where))
+    if rank != 0:
+        if word == "go":
+            fit(folder, checkpoint)
+        return folder.path
+    assert start is not None
+    with claimed(folder):
+        if word == "go":
+            _open_record(start, config)
+            fit(folder, checkpoint)
+        _conclude(folder, config)
+    return folder.path
+
+
+# ---- one process -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _gentle_interrupt(pressed: list[int]) -> Iterator[None]:
+    """Make the first Ctrl-C a request to save and stop, as SIGTERM is; the second one is the usual end."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # only while training does somebody listen; before and after it there is nothing to save
+        if not isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Preemption):
+            raise KeyboardInterrupt
+        pressed.append(number)
+        print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
+        signal.raise_signal(signal.SIGTERM)
+
+    from diffusion_lab.callbacks import Preemption
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def fit(folder: RunFolder, checkpoint: Path | None) -> None:
+    """Train the config of a run folder in this process, which may be one of several.
+
+    The first process closes the record. See `run` for what is raised.
+    """
+    from diffusion_lab.app.choices import read_run
+    from diffusion_lab.callbacks import was_preempted
+    from diffusion_lab.loggers import close_loggers
+
+    config = read_run(folder.path)
+    first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    parts, pressed = None, list[int]()
+    began = time.perf_counter()
+    try:
+        parts = build(config)
+        if first:
+            for logger in parts.loggers:
+                logger.log_hyperparams(config)
+        with _gentle_interrupt(pressed):
+            parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+        status = "preempted" if was_preempted(parts.callbacks) else "finished"
+    except BaseException as error:
+        if first:
+            kind = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            seen = int(getattr(parts.module, "images_seen", 0)) if parts is not None else 0
+            record.finish(
+                folder.record, kind, {"error": str(error) or type(error).__name__, "images_seen": seen}
+            )
+        raise
+    finally:
+        if parts is not None:
+            close_loggers(parts.loggers)
+    seen = int(getattr(parts.module, "images_seen", 0))
+    if first:
+        facts = {
+            "images_seen": seen,
+            "fit_seconds": round(time.perf_counter() - began, 3),
+            "device": _device(parts.trainer),
+            "parameters": sum(p.numel() for p in parts.module.parameters()),
+        }
+        record.finish(folder.record, status, facts)
+    if status == "preempted":
+        if first:
+            print(
+                f"stopped by a signal at {seen:,} images, saved; resume=auto goes on from there", flush=True
+            )
+        if launch.OWN not in os.environ:
+            _stop(interrupted=bool(pressed))
+
+
+def _device(trainer: Any) -> str:
+    import torch
+
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else record.hardware()["cpu"]
+    return f"{trainer.world_size} x {name}" if trainer.world_size > 1 else str(name)
+
+
+# ---- after training --------------------------------------------------------------------------------------
+
+
+def _conclude(folder: RunFolder, config: Mapping[str, Any]) -> None:
+    """Export the averages, write the report, print the table."""
+    from diffusion_lab.app.export import export_run
+    from diffusion_lab.app.report import write_report
+
+    exported = export_run(folder, config)
+    report = write_report(folder)
+    show(summary(folder, config, exported, report))

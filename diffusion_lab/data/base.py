@@ -1,0 +1,122 @@
+"""From batches to Lightning: one data module for every data set.
+
+    loader.py --batch--> device, bytes to floats --> {"x0": float in [-1, 1], "label"}
+
+A data set supplies two `Source`s, train and test; everything else is here. The whole state is one integer,
+`images_seen`: how many batches workers had prefetched when the run stopped does not matter.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from diffusion_lab.data.loader import Batch, Examples, InMemory, Source, endless_loader
+from diffusion_lab.data.order import GlobalBatches
+from diffusion_lab.images import to_float
+
+__all__ = ["Batch", "DataModule", "Examples", "InMemory", "Source"]
+
+
+class DataModule(pl.LightningDataModule, ABC):
+    """Base of every data set.
+
+    Args:
+        batch_size: Examples of one optimizer step, over all processes and micro-batches.
+        seed: The run's seed.
+        num_workers: Loader processes; the batches do not depend on it.
+        flip: Random left-right mirroring of training images.
+
+    Attributes:
+        name: What records call the data set.
+        shape: Shape of one example.
+        num_classes: Number of classes; 0 where there are no labels.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_classes: int = 0
+
+    def __init__(self, *, batch_size: int, seed: int, num_workers: int = 0, flip: bool = False) -> None:
+        super().__init__()
+        self.batch_size, self.seed, self.num_workers, self.flip = batch_size, seed, num_workers, flip
+        self.images_seen = 0
+        self._sources: dict[str, Source] = {}
+
+    @abstractmethod
+    def source(self, split: str) -> Source:
+        """Return the examples of `split`, "train" or "test".
+
+        Raises:
+            DataError: If the data are missing or damaged.
+        """
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """A name for each class."""
+        return [str(k) for k in range(self.num_classes)]
+
+    def _source(self, split: str) -> Source:
+        if split not in self._sources:
+            self._sources[split] = self.source(split)
+        return self._sources[split]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the training data, so that what is missing is said before anything is trained."""
+        self._source("train")
+
+    def train_images(self) -> tuple[Tensor, Tensor | None]:
+        """Return all training examples, as stored (uint8 or float), and labels, in the data set's own order."""
+        source = self._source("train")
+        return source.read(np.arange(len(source)))
+
+    def test_images(self) -> tuple[Tensor, Tensor | None]:
+        """Return all test examples, as stored (uint8 or float), and labels, in the data set's own order."""
+        source = self._source("test")
+        return source.read(np.arange(len(source)))
+
+    def loader(self, *, start: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> DataLoader[Batch]:
+        """Return the endless training loader of one process, from global position `start` on, bytes as stored."""
+        return endless_loader(
+            Examples(source=self._source("train"), seed=self.seed, flip=self.flip),
+            GlobalBatches(
+                start=start, batch_size=self.batch_size, rank=rank, world=world, accumulate=accumulate
+            ),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return the loader for the trainer's rank, world and accumulation, from the module's clock on."""
+        trainer = self.trainer
+        assert trainer is not None
+        start = int(getattr(trainer.lightning_module, "images_seen", self.images_seen))
+        return self.loader(
+            start=start,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+        )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Turn bytes into floats in [-1, 1] on the device: a quarter of the bytes had to travel."""
+        if batch["x0"].dtype == torch.uint8:
+            return {**batch, "x0": to_float(batch["x0"])}
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state of the loader: one integer."""
+        if self.trainer is not None and self.trainer.lightning_module is not None:
+            self.images_seen = int(getattr(self.trainer.lightning_module, "images_seen", self.images_seen))
+        return {"images_seen": self.images_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self.images_seen = int(state_dict["images_seen"])

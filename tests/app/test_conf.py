@@ -1,0 +1,159 @@
+"""Every file of every group composes, is valid, is complete, and builds; a misspelt key in any of them is an error."""
+
+from functools import cache
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from diffusion_lab.app.cli import conf_folder
+from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.help import options
+from diffusion_lab.app.schema import SCHEMAS
+from diffusion_lab.app.signatures import resolve, signature
+from diffusion_lab.app.validate import HYDRA_KEYS, validate
+
+CONF = conf_folder()
+GROUPS = options([CONF])
+FILES = [(group, option) for group, names in GROUPS.items() for option in names]
+# what some options need beside them
+COMPANY = {
+    ("dataset", "image_folder"): ["dataset.root=somewhere"],
+    ("dataset", "toy"): ["model=mlp"],
+    ("model", "mlp"): ["dataset=toy"],
+    ("model", "unet_mnist"): ["dataset=mnist"],
+    ("model", "unet_cifar10"): ["dataset=image_folder", "dataset.root=somewhere"],
+    ("model", "unet_64"): ["dataset=image_folder", "dataset.root=somewhere", "shape=[3,64,64]"],
+}
+# supplied by whoever calls the node, not by the config
+CALLER = {"torch.optim": {"params"}, "diffusion_lab.guidance": {"denoiser"}}
+
+
+@cache
+def composed(app: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(app, overrides=list(overrides))
+
+
+def config(app: str, *overrides: str) -> DictConfig:
+    return composed(app, *overrides).copy()
+
+
+def with_option(group: str, option: str) -> DictConfig:
+    return config("train", f"{group}={option}", *COMPANY.get((group, option), []))
+
+
+def targets(node, prefix=""):
+    """Yield every node with a `_target_` that is written here, not reached through an interpolation."""
+    if OmegaConf.is_dict(node) and "_target_" in node:
+        yield prefix, node
+    keys = list(node.keys()) if OmegaConf.is_dict(node) else range(len(node))
+    for key in keys:
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        if OmegaConf.is_config(node[key]):
+            yield from targets(node[key], f"{prefix}.{key}" if prefix else str(key))
+
+
+def test_the_groups_users_type_keep_their_names():
+    assert {"dataset", "model", "schedule", "sampler", "guidance", "experiment"} <= set(GROUPS)
+    assert {"digits", "mnist", "toy", "image_folder"} <= set(GROUPS["dataset"])
+    assert {"ddim", "ddpm", "euler", "heun", "dpmpp_2m"} <= set(GROUPS["sampler"])
+    assert len(GROUPS["schedule"]) >= 9 and len(GROUPS["prediction"]) >= 6 and len(GROUPS["weighting"]) >= 10
+    assert "digits/quickstart" in GROUPS["experiment"]
+
+
+@pytest.mark.parametrize(("group", "option"), FILES, ids=lambda x: x)
+def test_every_file_composes_and_is_valid(group, option):
+    validate(with_option(group, option), SCHEMAS["train"])
+
+
+@pytest.mark.parametrize("app", ["sample", "evaluate"])
+def test_the_other_apps_are_valid(app):
+    for group in ("schedule", "sampler", "grid", "guidance"):
+        for option in GROUPS[group]:
+            validate(config(app, "run=somewhere", "shape=[1,8,8]", f"{group}={option}"), SCHEMAS[app])
+
+
+@pytest.mark.parametrize(("group", "option"), FILES, ids=lambda x: x)
+def test_every_argument_of_our_own_is_written(group, option):
+    for prefix, node in targets(with_option(group, option)):
+        if not node._target_.startswith("diffusion_lab."):
+            continue
+        accepted = signature(resolve(node._target_))
+        caller = next((names for root, names in CALLER.items() if node._target_.startswith(root)), set())
+        unwritten = set(accepted.parameters) - {str(key) for key in node} - caller - HYDRA_KEYS
+        assert not unwritten, f"{prefix}: {unwritten}"
+
+
+@pytest.mark.parametrize("group", sorted(set(GROUPS) - {"debug", "experiment"}))
+def test_a_misspelt_key_in_any_group_is_an_error_that_names_it(group):
+    option = GROUPS[group][0] if group not in ("averages", "callbacks", "guidance") else GROUPS[group][-1]
+    for option in GROUPS[group]:
+        cfg = with_option(group, option)
+        with open_dict(cfg):
+            node, prefix = cfg[group], group
+            if group in ("averages", "callbacks", "logger"):
+                if not node:
+                    continue
+                name = next(iter(node))
+                node, prefix = node[name], f"{group}.{name}"
+            node["lerning_rate"] = 1
+        with pytest.raises(UserError) as error:
+            validate(cfg, SCHEMAS["train"])
+        assert str(error.value).startswith(f"{prefix}.lerning_rate: ")
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CONF.glob("*/**/*.yaml")), ids=lambda path: str(path.relative_to(CONF))
+)
+def test_a_group_file_names_at_most_one_target_and_explains_itself(file: Path):
+    text = file.read_text()
+    group = file.relative_to(CONF).parts[0]
+    if group == "experiment":
+        assert text.startswith("# @package _global_\n# "), "an experiment says where it comes from"
+    # a method is a small assembly: module, denoiser, loss
+    assert text.count("_target_:") <= (3 if group == "method" else 1)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [f for f in FILES if f[0] not in ("experiment", "debug", "paths")], ids=lambda x: x
+)
+def test_every_file_builds(group, option, tmp_path):
+    if (group, option) in (
+        ("metrics", "inception"),
+        ("metrics", "mnist"),
+        ("dataset", "image_folder"),
+        ("trainer", "gpu"),
+    ):
+        pytest.skip("needs files or hardware; built by the tests of its own module")
+    cfg = with_option(group, option)
+    cfg.paths.run = str(tmp_path)
+    if group in ("averages", "callbacks", "logger"):
+        assert set(hydra.utils.instantiate(cfg[group])) == set(cfg[group])
+    else:
+        assert hydra.utils.instantiate(cfg[group]) is not None
+    if group == "grid":
+        grid = hydra.utils.instantiate(cfg.grid)
+        assert bool((grid.diff() > 0).all()) and float(grid[-1]) == float("inf")
+
+
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+def test_every_experiment_builds_its_module_and_its_generation(experiment):
+    cfg = config("train", f"experiment={experiment}")
+    module = hydra.utils.instantiate(cfg.method)
+    assert module.denoiser.network is not None
+    assert tuple(hydra.utils.instantiate(cfg.generation).shape) == tuple(cfg.shape)
+
+
+@pytest.mark.parametrize("experiment", ["digits/quickstart", "toy/quickstart"])
+@pytest.mark.parametrize(
+    "group", ["schedule", "sampler", "guidance", "lr_schedule", "prediction", "weighting", "averages"]
+)
+def test_any_option_can_be_put_on_top_of_an_experiment(experiment, group):
+    for option in GROUPS[group]:
+        if experiment.startswith("toy/") and option in ("shifted_cosine", "interpolated_cosine"):
+            continue  # these are shifted by the side of an image
+        validate(config("train", f"experiment={experiment}", f"{group}={option}"), SCHEMAS["train"])

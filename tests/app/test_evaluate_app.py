@@ -1,0 +1,106 @@
+"""evaluate.py: numbers with their protocol, from a run, an export, or samples that exist."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_runs
+
+from diffusion_lab.data.digits import Digits
+from diffusion_lab.metrics.protocol import Record
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return tiny_runs.train(tmp_path_factory.mktemp("runs")).resolve()
+
+
+def evaluate(run, *more, code=0):
+    assert tiny_runs.main("evaluate", f"run={run}", *more) == code
+
+
+def evaluations(folder):
+    return json.loads((folder / "metrics.json").read_text())["evaluations"]
+
+
+@pytest.fixture
+def real_digits(tmp_path):
+    """The test digits themselves as samples, so that the right answer is known."""
+    images, labels = Digits(batch_size=8, seed=0).test_images()
+    np.savez(tmp_path / "real.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    return tmp_path / "real.npz"
+
+
+def test_a_run_is_sampled_and_scored_once_and_again_without_sampling(trained, capsys):
+    evaluate(trained, "num_samples=100")
+    out = capsys.readouterr().out
+    assert "FD@100 (digits-cnn)" in out and "real floor" in out and "accuracy@100" in out
+    assert "not by the protocol" in out and "report" in out
+    assert "<h2>Scores</h2>" in (trained / "report.html").read_text()
+    evaluate(trained, "num_samples=100", "batch_size=3")
+    out = capsys.readouterr().out
+    assert "scoring the samples in" in out and "sampling" not in out
+    assert len(evaluations(trained)) == 1
+
+
+def test_records_are_complete_and_can_be_read_back(trained):
+    evaluate(trained, "num_samples=130")
+    item = evaluations(trained)[-1]["records"][0]
+    back = Record.from_dict({k: v for k, v in item.items() if k not in ("shown", "conditions")})
+    assert back.n == 130 and back.source.ema == "ema" and back.source.nfe == 3 and back.real is not None
+    assert "DPMSolverPP2M" in back.source.sampler and str(back.conditions) == item["conditions"]
+
+
+def test_more_samples_take_over_the_first_ones(trained, capsys):
+    evaluate(trained, "num_samples=64", "seed=3")
+    evaluate(trained, "num_samples=128", "seed=3")
+    assert "64 of 128 samples are there already" in capsys.readouterr().out
+
+
+def test_real_test_digits_score_zero_distance_and_the_classifiers_accuracy(trained, real_digits, tmp_path):
+    evaluate(trained, f"samples={real_digits}", f"out={tmp_path}/scores")
+    distance, accuracy = evaluations(tmp_path / "scores")[0]["records"]
+    assert distance["value"] == pytest.approx(0.0, abs=1e-9) and distance["real"] > 0.01
+    assert accuracy["value"] == pytest.approx(accuracy["real"], abs=1e-9) and accuracy["value"] > 0.95
+
+
+def test_an_export_is_scored_like_a_run(trained, tmp_path):
+    evaluate(trained, "num_samples=100", f"out={tmp_path}/a")
+    evaluate(trained / "export", "num_samples=100", f"out={tmp_path}/b")
+    a, b = (evaluations(tmp_path / name)[0]["records"][0]["value"] for name in "ab")
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (None, "no samples.npz there"),
+        ({"pictures": np.zeros((4, 8, 8, 1), np.uint8)}, "an array `images` is needed"),
+        ({"images": np.zeros((4, 8, 8, 1), np.float32)}, "images must be uint8"),
+        ({"images": np.zeros((4, 9, 9, 1), np.uint8)}, "cannot be scored"),
+        (
+            {"images": np.zeros((4, 8, 8, 1), np.uint8), "labels": np.zeros(3, np.int64)},
+            "4 images have 3 labels",
+        ),
+    ],
+)
+def test_samples_that_are_none_are_one_line(trained, tmp_path, capsys, arrays, message):
+    if arrays is not None:
+        np.savez(tmp_path / "s.npz", **arrays)
+    evaluate(trained, f"samples={tmp_path}/s.npz", f"out={tmp_path}/scores", code=2)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_an_npz_with_pickles_is_refused(trained, tmp_path, capsys):
+    np.savez(tmp_path / "s.npz", images=np.array([{"a": 1}], dtype=object))
+    evaluate(trained, f"samples={tmp_path}/s.npz", f"out={tmp_path}/scores", code=2)
+    assert "allow_pickle" in capsys.readouterr().err
