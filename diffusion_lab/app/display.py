@@ -76,8 +76,11 @@ def summary(folder: RunFolder, config: Mapping[str, Any], exported: Sequence[Pat
         facts.append(("speed", f"{speed:,.0f} images/s"))
     if loss is not None:
         facts.append(("loss", f"{loss:.4f}"))
-    facts.append(("weights", ", ".join(str(path) for path in exported)))
-    facts.append(("sample", f"python sample.py run={folder.path}"))
+    if exported:
+        facts.append(("weights", ", ".join(str(path) for path in exported)))
+        facts.append(("sample", f"python sample.py run={folder.path}"))
+    else:
+        facts.append(("weights", "none kept: the callback `checkpoints` was left out"))
     facts.append(("report", str(report)))
     return facts_table(facts, f"{config['name']}: done")
 

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,6 +136,16 @@ def point_latest(folder: Path) -> None:
     aside = folder.parent / f".{LATEST}.{secrets.token_hex(8)}"
     aside.symlink_to(folder.name, target_is_directory=True)
     os.replace(aside, folder.parent / LATEST)
+
+
+def discard(folder: RunFolder) -> None:
+    """Remove a run that never began, and let `latest` lead to the newest one that did."""
+    shutil.rmtree(folder.path, ignore_errors=True)
+    others = list_runs(folder.path.parent)
+    if others:
+        point_latest(others[0].path)
+    else:
+        (folder.path.parent / LATEST).unlink(missing_ok=True)
 
 
 def list_runs(parent: Path) -> list[RunFolder]:

@@ -25,7 +25,7 @@ from diffusion_lab.app import launch, record, resume
 from diffusion_lab.app.build import build, plain
 from diffusion_lab.app.display import show, summary
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.run import RunFolder, claimed, identity, write_atomically
+from diffusion_lab.app.run import RunFolder, claimed, discard, identity, write_atomically
 
 
 def run(cfg: DictConfig) -> Path:
@@ -189,10 +189,13 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
 
     config = read_run(folder.path)
     first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-    parts, pressed = None, list[int]()
+    parts, pressed, ready = None, list[int](), False
     began = time.perf_counter()
     try:
         parts = build(config)
+        # what is missing or damaged is said now, not after the trainer has started
+        parts.data.setup("fit")
+        ready = True
         if first:
             for logger in parts.loggers:
                 logger.log_hyperparams(config)
@@ -200,7 +203,9 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
             parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
         status = "preempted" if was_preempted(parts.callbacks) else "finished"
     except BaseException as error:
-        if first:
+        if first and not ready and checkpoint is None and launch.OWN not in os.environ:
+            discard(folder)
+        elif first:
             kind = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
             seen = int(getattr(parts.module, "images_seen", 0)) if parts is not None else 0
             record.finish(
@@ -244,6 +249,7 @@ def _conclude(folder: RunFolder, config: Mapping[str, Any]) -> None:
     from diffusion_lab.app.export import export_run
     from diffusion_lab.app.report import write_report
 
-    exported = export_run(folder, config)
+    # a run without the checkpoints callback has nothing to export
+    exported = export_run(folder, config) if any(folder.checkpoints.glob("*.ckpt")) else []
     report = write_report(folder)
     show(summary(folder, config, exported, report))

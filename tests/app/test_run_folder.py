@@ -201,3 +201,24 @@ def test_jobs_of_a_sweep_have_folders_of_their_own(tmp_path, monkeypatch):
     folders = [path for path in (tmp_path / "digits" / "quickstart").iterdir() if not path.is_symlink()]
     seeds = {yaml.safe_load((path / "config.yaml").read_text())["seed"] for path in folders}
     assert len(folders) == 2 and seeds == {0, 1}
+
+
+def test_a_run_that_never_began_leaves_nothing(tmp_path, capfd):
+    from diffusion_lab.app import cli
+
+    home = tmp_path / "digits" / "quickstart"
+    first = run.create(tmp_path, "digits/quickstart")
+    run.write_atomically(first.config, "name: digits/quickstart\n")
+    words = ["experiment=digits/quickstart", f"paths.runs={tmp_path}", "model.attention=[3]"]
+    assert cli.main("train", words) == 2
+    assert "attention" in capfd.readouterr().err
+    assert (home / "latest").resolve() == first.path.resolve()
+    assert [p.name for p in home.iterdir() if not p.is_symlink()] == [first.path.name]
+
+
+@pytest.mark.parametrize("words", [["callbacks=none", "debug=fast"]])
+def test_a_run_without_checkpoints_ends_in_a_table(tmp_path, capfd, words):
+    from diffusion_lab.app import cli
+
+    assert cli.main("train", ["experiment=digits/quickstart", f"paths.runs={tmp_path}", *words]) == 0
+    assert "none kept" in capfd.readouterr().out
