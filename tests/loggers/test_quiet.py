@@ -4,10 +4,14 @@ import warnings
 from diffusion_lab.loggers import hush_lightning
 
 
-def test_adverts_go_and_the_rest_stays(caplog):
+def test_adverts_go_and_the_rest_stays(caplog, monkeypatch):
     hush_lightning()
     hush_lightning()
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    # Hydra's logging set-up, run in-process by other tests, disables the loggers that exist
+    monkeypatch.setattr(logger, "disabled", False)
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     logger.warning("Tip: try installing [litlogger](https://pypi.org/project/litlogger/)")
     logger.warning("something that matters")
     assert [r.getMessage() for r in caplog.records] == ["something that matters"]
