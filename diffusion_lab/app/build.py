@@ -188,9 +188,28 @@ def _fill(denoiser: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path
         raise UserError(f"{folder}: the weights do not fit its config.yaml: {one_line(first)}") from error
 
 
+def data_module(trained: Mapping[str, Any]) -> Any:
+    """Build the data module of a recorded config; a folder that has moved is looked for below DIFFUSION_LAB_DATA."""
+    node = dict(trained["dataset"])
+    root, elsewhere = node.get("root"), os.environ.get("DIFFUSION_LAB_DATA")
+    if isinstance(root, str) and not Path(root).is_dir() and elsewhere:
+        node["root"] = str(Path(elsewhere) / Path(root).name)
+    return instantiate(node, "dataset")
+
+
 def generation_of(config: Mapping[str, Any]) -> Generation:
     """Build how samples are made, out of a resolved config of `sample`, `evaluate` or `train`."""
     return instantiate(config["generation"], "generation")
 
 
-__all__ = ["Loaded", "Parts", "build", "generation_of", "instantiate", "load_denoiser", "plain", "seeded"]
+__all__ = [
+    "Loaded",
+    "Parts",
+    "build",
+    "data_module",
+    "generation_of",
+    "instantiate",
+    "load_denoiser",
+    "plain",
+    "seeded",
+]

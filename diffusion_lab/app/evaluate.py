@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from diffusion_lab.app import record
-from diffusion_lab.app.build import instantiate, load_denoiser, plain
+from diffusion_lab.app.build import data_module, instantiate, load_denoiser, plain
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.display import show
 from diffusion_lab.app.errors import UserError
@@ -81,15 +81,6 @@ def run(cfg: DictConfig) -> list[Record]:
 
         print(f"report  {write_report(RunFolder(folder))}")
     return records
-
-
-def data_module(trained: Mapping[str, Any]) -> Any:
-    """Build the data module of a recorded config; a folder that has moved is looked for below DIFFUSION_LAB_DATA."""
-    node = dict(trained["dataset"])
-    root, elsewhere = node.get("root"), os.environ.get("DIFFUSION_LAB_DATA")
-    if isinstance(root, str) and not Path(root).is_dir() and elsewhere:
-        node["root"] = str(Path(elsewhere) / Path(root).name)
-    return instantiate(node, "dataset")
 
 
 def _cache_folder() -> Path:
@@ -174,7 +165,7 @@ def _write(
         "versions": record.versions(),
         "git": record.git_state(),
     }
-    earlier = read_evaluations(file)
+    earlier = record.read_evaluations(file)
     key = _what(evaluation)
     kept = [item for item in earlier if _what(item) != key]
     write_atomically(file, json.dumps({"evaluations": [*kept, evaluation]}, indent=2, default=str) + "\n")
@@ -185,12 +176,6 @@ def _what(evaluation: Mapping[str, Any]) -> tuple[Any, ...]:
     """What was measured, on what: an evaluation made again replaces its predecessor."""
     measured = [(item.get("label"), item.get("conditions")) for item in evaluation.get("records", [])]
     return evaluation.get("images_seen"), evaluation.get("samples"), str(measured)
-
-
-def read_evaluations(file: Path) -> list[dict[str, Any]]:
-    """Return the evaluations in a metrics.json, oldest first; none if it is missing or broken."""
-    found = record.read(file).get("evaluations", [])
-    return [item for item in found if isinstance(item, dict)]
 
 
 def table(evaluations: Sequence[Mapping[str, Any]]) -> Table:

@@ -169,3 +169,9 @@ def training_seconds(record: Mapping[str, Any]) -> float:
             ends = [datetime.fromisoformat(session[key]) for key in ("start", "end")]
             total += (ends[1] - ends[0]).total_seconds()
     return total
+
+
+def read_evaluations(file: Path) -> list[dict[str, Any]]:
+    """Return the evaluations in a metrics.json, oldest first; none if it is missing or broken."""
+    found = read(file).get("evaluations", [])
+    return [item for item in found if isinstance(item, dict)]

@@ -110,9 +110,7 @@ def _facts(config: Mapping[str, Any], told: Mapping[str, Any], rows: Sequence[Ma
 
 
 def _metrics(folder: RunFolder) -> str:
-    from diffusion_lab.app.evaluate import read_evaluations
-
-    evaluations = read_evaluations(folder.metrics_json)
+    evaluations = record.read_evaluations(folder.metrics_json)
     if not evaluations:
         return ""
     last = evaluations[-1]
@@ -208,7 +206,7 @@ def _real(folder: RunFolder, config: Mapping[str, Any]) -> Path | None:
     path = folder.samples / REAL
     if path.is_file():
         return path
-    from diffusion_lab.app.evaluate import data_module
+    from diffusion_lab.app.build import data_module
     from diffusion_lab.callbacks.pictures import tile
     from diffusion_lab.images import to_float
 
