@@ -29,8 +29,13 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with 32 groups, or the largest smaller number that divides `channels` into groups of 4 or more."""
-    return nn.GroupNorm(math.gcd(32, max(1, channels // 4)), channels)
+    """Group norm with ADM's 32 groups from 128 channels on, where 32 divides them, else with a smaller power of two.
+
+    That power divides both `channels` and `channels // 4`, so a group has 4 channels or more.
+    """
+    if channels >= 128 and channels % 32 == 0:
+        return nn.GroupNorm(32, channels)
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels)
 
 
 def resample(x: Tensor, how: Resample) -> Tensor:

@@ -160,13 +160,48 @@ def test_dropout_only_while_training():
     assert not torch.equal(network(x, logsnr, cond), network(x, logsnr, cond))
 
 
-def test_memory_layout_does_not_change_the_answer():
-    network = awake(unet())
-    x, logsnr, cond = inputs()
-    out = network(x.contiguous(memory_format=torch.channels_last), logsnr, cond)
-    torch.testing.assert_close(
-        network.to(memory_format=torch.contiguous_format)(x, logsnr, cond), out, rtol=1e-4, atol=1e-4
-    )
+@pytest.mark.parametrize(
+    ("channels", "groups"),
+    [(128, 32), (192, 32), (576, 32), (1344, 32), (24, 2), (48, 4), (96, 8), (18, 2), (2, 1)],
+)
+def test_norms_have_the_32_groups_of_adm_where_channels_suffice(channels, groups):
+    # guided-diffusion's GroupNorm32; ADM's widths are multiples of 192, and 1344 = 576 + 768 is a concatenation
+    norm = layers_module.group_norm(channels)
+    assert norm.num_groups == groups
+    assert norm(torch.ones(1, channels, 2, 2)).shape == (1, channels, 2, 2)
+
+
+@each
+def test_an_example_does_not_see_its_neighbours(make, shape):
+    # in double precision: in single the last bits do depend on the batch, which is what app/parts.py is for
+    network = awake(make()).double()
+    x, logsnr, cond = inputs(batch=6, shape=shape)
+    x, logsnr = x.double(), logsnr.double()
+    out = network(x, logsnr, cond)
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    shuffled = network(x[order], logsnr[order], {"label": cond["label"][order]})
+    torch.testing.assert_close(shuffled, out[order], rtol=1e-10, atol=1e-12)
+    part = network(x[1:3], logsnr[1:3], {"label": cond["label"][1:3]})
+    torch.testing.assert_close(part, out[1:3], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["residual", "down", "up", "attention"])
+def test_blocks_answer_the_same_in_both_memory_layouts(kind):
+    # the U-Net converts its own input, so only its blocks can be given either layout
+    g = torch.Generator().manual_seed(2)
+    x, embedding = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((2, 16, 4, 6), (2, 8)))
+    if kind == "attention":
+        block = awake(layers_module.AttentionBlock(channels=16, head_channels=8)).double()
+        given = ()
+    else:
+        change = "none" if kind == "residual" else kind
+        block = layers_module.ResidualBlock(
+            in_channels=16, out_channels=8, embedding=8, dropout=0.0, change=change
+        )
+        block, given = awake(block).double(), (embedding,)
+    innermost = x.contiguous(memory_format=torch.channels_last)
+    assert x.stride() != innermost.stride()
+    torch.testing.assert_close(block(innermost, *given), block(x, *given), rtol=1e-10, atol=1e-12)
 
 
 def test_level_features_tell_levels_apart():
