@@ -1,6 +1,7 @@
 """Exact problems on which samplers are proved."""
 
 import math
+from functools import cache
 
 import torch
 
@@ -52,3 +53,15 @@ def solve(sampler, interpolant, steps):
     states = {}
     sampler(mixture_1d(interpolant), x, grid, on_step=lambda k, logsnr, x, x0: states.__setitem__(k, x))
     return states[steps - 1] / interpolant(grid[steps])[0]
+
+
+def observed_order(sampler, interpolant, reference, steps=(40, 80, 160, 320)):
+    """log2 of the ratio of the last two errors of the order test protocol, and all the errors."""
+    errors = [float((solve(sampler, interpolant, n) - reference).abs().max()) for n in steps]
+    return math.log2(errors[-2] / errors[-1]), errors
+
+
+@cache
+def exact_ends():
+    """What `solve` converges to: 20,000 steps of Heun's method; the same in every interpolant."""
+    return solve(Heun(), INTERPOLANTS["vp"], 20_000)
