@@ -19,7 +19,7 @@ from diffusion_lab.app.allowlist import check_targets
 from diffusion_lab.app.errors import UserError, did_you_mean
 
 FROM_RUN = "from_run"
-SAMPLING = ("schedule", "sampler", "grid", "guidance")
+SAMPLING = ("schedule", "sampler", "grid", "guidance", "modifiers")
 GROUPS = {"sample": SAMPLING, "evaluate": (*SAMPLING, "metrics")}
 FACTS = ("shape", "num_classes")
 

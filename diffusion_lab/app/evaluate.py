@@ -137,7 +137,7 @@ def _source(told: Mapping[str, Any]) -> Source:
         ema=str(told["weights"]["ema"]),
         sampler=str(told["sampler"]),
         grid=str(told["grid"]),
-        guidance=str(told["guidance"]),
+        guidance=" + ".join([str(told["guidance"]), *told.get("modifiers", [])]),
         nfe=told["nfe"],
     )
 

@@ -35,7 +35,7 @@ LATEST = "latest"
 
 # what no training step depends on
 NOT_IDENTITY = frozenset(
-    "name run_id resume max_images paths logger choices overrides generation sampler grid guidance metrics".split()
+    "name run_id resume max_images paths logger choices overrides generation sampler grid guidance modifiers metrics".split()
 )
 # callbacks that only look
 WATCHING = frozenset(

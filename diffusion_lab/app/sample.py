@@ -218,6 +218,9 @@ def _facts(job: Job, loaded: Loaded, command: str) -> dict[str, Any]:
         "sampler": describe(job.generation, "sampler"),
         "grid": describe(job.generation, "grid"),
         "guidance": describe(job.generation, "guidance"),
+        "modifiers": [
+            describe(job.generation["modifiers"], name) for name in job.generation.get("modifiers") or {}
+        ],
         "nfe": generation.nfe(loaded.denoiser.interpolant, label),
         "settings": job.settings,
         "settings_hash": digest(job.settings),

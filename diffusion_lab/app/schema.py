@@ -60,6 +60,7 @@ class Train:
     sampler: Any
     grid: Any
     guidance: Any
+    modifiers: Any
     generation: Any
     averages: Any
     callbacks: Any
@@ -88,6 +89,7 @@ class Sampling:
     sampler: Any
     grid: Any
     guidance: Any
+    modifiers: Any
     generation: Any
 
 

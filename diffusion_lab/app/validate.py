@@ -46,7 +46,7 @@ def validate(cfg: DictConfig, schema: type) -> None:
 
 
 def drop_absent_parts(cfg: DictConfig, groups: Mapping[str, Sequence[str]], overrides: Sequence[str]) -> None:
-    """Drop settings of callbacks, loggers and averages that were not chosen.
+    """Drop settings of callbacks, loggers, averages and modifiers that were not chosen.
 
     An experiment sets the intervals of its callbacks; `callbacks=none` on top of it leaves these settings without an
     object to belong to. That is no mistake, as long as the part exists and the user himself did not name it.
@@ -59,7 +59,7 @@ def drop_absent_parts(cfg: DictConfig, groups: Mapping[str, Sequence[str]], over
     Raises:
         UserError: If the settings are of a part that does not exist, or were given on the command line.
     """
-    for group in ("callbacks", "logger", "averages"):
+    for group in ("callbacks", "logger", "averages", "modifiers"):
         for name in [str(name) for name in _children(cfg.get(group) or OmegaConf.create({}))]:
             node = cfg[group][name]
             if not isinstance(node, DictConfig) or "_target_" in node:

@@ -1,7 +1,7 @@
 r"""From seeds to samples: everything that has to be fixed before a denoiser can make an image.
 
     noise    x = sigma(grid[0]) z,   z ~ N(0, I) from the sample's own seed
-    then     x0 = sampler(guidance(denoiser), x, grid, cond)
+    then     x0 = sampler(modifiers(guidance(denoiser)), x, grid, cond)
 
 The same seed gives the same image whatever its batch, since noise comes from `SampleRNG`.
 """
@@ -9,7 +9,7 @@ The same seed gives the same image whatever its batch, since noise comes from `S
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,19 +47,40 @@ class _Blank:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """A recipe for samples: sampler, grid, guidance, and the shape of one sample.
+    """A recipe for samples: sampler, grid, guidance with what modifies it, and the shape of one sample.
 
     Attributes:
         sampler: The sampler.
         grid: Increasing log-SNRs that end at +inf.
         guidance: Wraps the denoiser; `Unguided` leaves it alone.
         shape: Shape of one sample, e.g. (1, 8, 8).
+        modifiers: Wrap the guided denoiser in this order, e.g. thresholding; a mapping's values stand in its order.
+
+    Raises:
+        ValueError: If the grid is one that has yet to be fitted to a model.
     """
 
     sampler: Sampler
     grid: Tensor
     guidance: GuidanceFactory
     shape: Sequence[int]
+    modifiers: Mapping[str, GuidanceFactory] | Sequence[GuidanceFactory] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("grid", "sampler"):
+            part = getattr(self, name)
+            if hasattr(part, "fit") and not getattr(part, "fitted", False):
+                raise ValueError(
+                    f"{name}: {type(part).__name__} is fitted to a trained model: name it to sample.py"
+                )
+
+    def wrapped(self, denoiser: DenoiserFn) -> DenoiserFn:
+        """Return `denoiser` under guidance and modifiers."""
+        denoiser = self.guidance(denoiser)
+        modifiers = self.modifiers.values() if isinstance(self.modifiers, Mapping) else self.modifiers
+        for modifier in modifiers:
+            denoiser = modifier(denoiser)
+        return denoiser
 
     def __call__(
         self,
@@ -89,7 +110,7 @@ class Generation:
                 "this grid starts at logsnr = -inf, where the variance-exploding process has no samples"
             )
         x = sigma * rng.randn(self.shape, device=device)
-        return self.sampler(self.guidance(denoiser), x, self.grid, cond=cond, rng=rng, on_step=on_step)
+        return self.sampler(self.wrapped(denoiser), x, self.grid, cond=cond, rng=rng, on_step=on_step)
 
     def nfe(self, interpolant: Interpolant, cond: Cond | None = None) -> int:
         """Return the number of denoiser calls one sample costs, counted on a run with a denoiser that answers zero."""

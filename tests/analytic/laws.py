@@ -1,8 +1,8 @@
 """What must hold for every sampler. Each law takes a sampler and asserts; see test_samplers.py for those in conf/sampler.
 
-    check_everything(sampler)     all laws below that need no more than the sampler
-    check_order(sampler, order)   deterministic ones: the order of convergence, in every interpolant
-    check_marginals(sampler)      stochastic ones: mean, variance and a two-sample test, at the end and on the way
+check_everything(sampler)     all laws below that need no more than the sampler
+check_order(sampler, order)   deterministic ones: the order of convergence, in every interpolant
+check_marginals(sampler)      stochastic ones: mean, variance and a two-sample test, at the end and on the way
 """
 
 import math
@@ -74,14 +74,20 @@ def check_keeps_nothing(sampler):
     assert torch.equal(run(sampler, INTERPOLANTS["vp"]), run(sampler, INTERPOLANTS["vp"]))
 
 
+LAWS = (
+    check_same_in_every_interpolant,
+    check_batch_of_eight_is_three_and_five,
+    check_last_step_is_the_denoisers_output,
+    check_pure_noise_is_a_legal_start,
+    check_one_step_is_legal,
+    check_conditions_reach_the_denoiser,
+    check_keeps_nothing,
+)
+
+
 def check_everything(sampler):
-    check_same_in_every_interpolant(sampler)
-    check_batch_of_eight_is_three_and_five(sampler)
-    check_last_step_is_the_denoisers_output(sampler)
-    check_pure_noise_is_a_legal_start(sampler)
-    check_one_step_is_legal(sampler)
-    check_conditions_reach_the_denoiser(sampler)
-    check_keeps_nothing(sampler)
+    for law in LAWS:
+        law(sampler)
 
 
 def check_order(sampler, order, within=0.35, steps=(40, 80, 160, 320)):

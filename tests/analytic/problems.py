@@ -2,26 +2,47 @@
 
 import math
 from functools import cache
+from pathlib import Path
 
+import hydra
 import torch
+from omegaconf import OmegaConf
 
 from diffusion_lab.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
 from diffusion_lab.process import Cosine, RectifiedFlow, VarianceExploding, VariancePreserving
-from diffusion_lab.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun
+from diffusion_lab.samplers import DDIM, DDPM, Heun
 
 D64 = torch.float64
 INTERPOLANTS = {"vp": VariancePreserving(), "ve": VarianceExploding(), "rf": RectifiedFlow()}
 PURE_COSINE = Cosine(logsnr_min=-math.inf, logsnr_max=math.inf)
 
-DETERMINISTIC = {"ddim": DDIM(), "euler": Euler(), "heun": Heun(), "dpmpp_2m": DPMSolverPP2M()}
-STOCHASTIC = {
+
+# ---- the samplers that every property is checked for ----------------------------------------------------------------
+
+CONF = Path(__file__).parents[2] / "conf" / "sampler"
+
+
+def _from_conf(path):
+    """Build a sampler from its file, as Hydra would."""
+    node = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    return hydra.utils.instantiate(node, _convert_="all")
+
+
+# every file of conf/sampler that needs no model to be fitted to first, and options that change the arithmetic
+ALL_SAMPLERS = {path.stem: _from_conf(path) for path in sorted(CONF.glob("*.yaml"))}
+ALL_SAMPLERS = {
+    name: sampler for name, sampler in ALL_SAMPLERS.items() if getattr(sampler, "fitted", True)
+} | {
     "ddim_half": DDIM(eta=0.5),
     "ddim_one": DDIM(eta=1.0),
     "ddpm_lower": DDPM(interpolation=0.0),
     "ddpm_middle": DDPM(interpolation=0.3),
     "ddpm_upper": DDPM(interpolation=1.0),
 }
-ALL_SAMPLERS = {**DETERMINISTIC, **STOCHASTIC}
+STOCHASTIC = {
+    name: sampler for name, sampler in ALL_SAMPLERS.items() if getattr(sampler, "stochastic", False)
+}
+DETERMINISTIC = {name: sampler for name, sampler in ALL_SAMPLERS.items() if name not in STOCHASTIC}
 
 
 def mixture_1d(interpolant):

@@ -72,7 +72,7 @@ def test_every_file_composes_and_is_valid(group, option):
 
 @pytest.mark.parametrize("app", ["sample", "evaluate"])
 def test_the_other_apps_are_valid(app):
-    for group in ("schedule", "sampler", "grid", "guidance"):
+    for group in ("schedule", "sampler", "grid", "guidance", "modifiers"):
         for option in GROUPS[group]:
             validate(config(app, "run=somewhere", "shape=[1,8,8]", f"{group}={option}"), SCHEMAS[app])
 
@@ -90,12 +90,12 @@ def test_every_argument_of_our_own_is_written(group, option):
 
 @pytest.mark.parametrize("group", sorted(set(GROUPS) - {"debug", "experiment"}))
 def test_a_misspelt_key_in_any_group_is_an_error_that_names_it(group):
-    option = GROUPS[group][0] if group not in ("averages", "callbacks", "guidance") else GROUPS[group][-1]
+    option = GROUPS[group][0] if group not in ("averages", "callbacks", "guidance", "modifiers") else GROUPS[group][-1]
     for option in GROUPS[group]:
         cfg = with_option(group, option)
         with open_dict(cfg):
             node, prefix = cfg[group], group
-            if group in ("averages", "callbacks", "logger"):
+            if group in ("averages", "callbacks", "logger", "modifiers"):
                 if not node:
                     continue
                 name = next(iter(node))
@@ -131,7 +131,7 @@ def test_every_file_builds(group, option, tmp_path):
         pytest.skip("needs files or hardware; built by the tests of its own module")
     cfg = with_option(group, option)
     cfg.paths.run = str(tmp_path)
-    if group in ("averages", "callbacks", "logger"):
+    if group in ("averages", "callbacks", "logger", "modifiers"):
         assert set(hydra.utils.instantiate(cfg[group])) == set(cfg[group])
     else:
         assert hydra.utils.instantiate(cfg[group]) is not None

@@ -2,74 +2,25 @@
 
 import math
 
+import laws
 import pytest
 import torch
+from laws import GRID, run
 from problems import ALL_SAMPLERS, D64, DETERMINISTIC, INTERPOLANTS, PURE_COSINE, STOCHASTIC, mixture_1d
 
 from diffusion_lab.guidance import Unguided
-from diffusion_lab.process import Cosine, Karras
+from diffusion_lab.process import Karras
 from diffusion_lab.rng import SampleRNG
-from diffusion_lab.samplers import DDIM, DDPM, CountingDenoiser, Euler, Generation, Heun, Sampler, Stepper
+from diffusion_lab.samplers import DDIM, DDPM, CountingDenoiser, Euler, Generation, Heun
 from diffusion_lab.samplers.grids import from_sigmas, karras, uniform_logsnr, uniform_u
 
-GRID = uniform_u(Cosine(logsnr_min=-18, logsnr_max=12), 15)
 every = pytest.mark.parametrize("sampler", ALL_SAMPLERS.values(), ids=ALL_SAMPLERS.keys())
 
 
-def run(sampler, interpolant, seeds=range(6), grid=GRID, dtype=D64, cond=None, on_step=None):
-    rng = SampleRNG(seeds)
-    x = interpolant(grid[0])[1] * rng.randn((1,), dtype=dtype)
-    denoiser = mixture_1d(interpolant)
-    return sampler(denoiser, x, grid, cond=cond, rng=rng, on_step=on_step)
-
-
 @every
-def test_same_samples_in_every_interpolant(sampler):
-    ends = [run(sampler, interpolant) for interpolant in INTERPOLANTS.values()]
-    for other in ends[1:]:
-        torch.testing.assert_close(other, ends[0], rtol=0, atol=1e-12)
-
-
-@every
-@pytest.mark.parametrize("dtype", [torch.float32, D64])
-def test_batch_of_eight_is_three_and_five(sampler, dtype):
-    vp = INTERPOLANTS["vp"]
-    whole = run(sampler, vp, range(8), dtype=dtype)
-    parts = torch.cat([run(sampler, vp, range(3), dtype=dtype), run(sampler, vp, range(3, 8), dtype=dtype)])
-    assert torch.equal(whole, parts) and whole.dtype == dtype
-
-
-@every
-def test_last_step_is_the_denoisers_output(sampler):
-    seen = []
-    end = run(
-        sampler, INTERPOLANTS["ve"], on_step=lambda k, logsnr, x, x0: seen.append((k, float(logsnr), x0))
-    )
-    assert [k for k, _, _ in seen] == list(range(15)) and seen[-1][1] == math.inf
-    assert torch.equal(end, seen[-1][2])
-
-
-@every
-@pytest.mark.parametrize("interpolant", ["vp", "rf"])
-def test_pure_noise_is_a_legal_start(sampler, interpolant):
-    end = run(sampler, INTERPOLANTS[interpolant], grid=uniform_u(PURE_COSINE, 8))
-    assert bool(torch.isfinite(end).all())
-
-
-@every
-def test_conditions_reach_the_denoiser(sampler):
-    ends = [
-        run(sampler, INTERPOLANTS["vp"], cond={"label": torch.full((6,), k)}, grid=uniform_u(PURE_COSINE, 60))
-        for k in (0, 1)
-    ]
-    # class 0 is N(-1, .2^2), class 1 N(.8, .35^2)
-    assert bool((ends[0] < -0.2).all()) and bool((ends[1] > -0.5).all())
-
-
-@every
-def test_a_sampler_object_keeps_nothing(sampler):
-    assert isinstance(sampler, Sampler) and isinstance(sampler, Stepper)
-    assert torch.equal(run(sampler, INTERPOLANTS["vp"]), run(sampler, INTERPOLANTS["vp"]))
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+def test_law(law, sampler):
+    law(sampler)
 
 
 @pytest.mark.parametrize("sampler", STOCHASTIC.values(), ids=STOCHASTIC.keys())
