@@ -24,6 +24,7 @@ import torch
 
 from diffusion_lab.app.build import Loaded
 from diffusion_lab.app.errors import UserError, did_you_mean
+from diffusion_lab.app.fit import fit_parts
 from diffusion_lab.app.run import write_atomically
 
 STRIDE = 2654435761
@@ -151,6 +152,8 @@ def from_config(config: Mapping[str, Any], loaded: Loaded) -> Job:
     if config["precision"] not in ("32-true", "bf16-mixed"):
         raise UserError(f"precision={config['precision']}: 32-true or bf16-mixed")
     num_classes = int(config["num_classes"] or 0)
+    device = device_of(config["device"])
+    generation = fit_parts(config["generation"], loaded, Path(config["run"]), device)
     return Job(
         run=str(config["run"]),
         ema=loaded.ema,
@@ -161,7 +164,7 @@ def from_config(config: Mapping[str, Any], loaded: Loaded) -> Job:
         batch_size=int(config["batch_size"]),
         shape=[int(side) for side in config["shape"]],
         num_classes=num_classes,
-        device=device_of(config["device"]),
+        device=device,
         precision=config["precision"],
-        generation=dict(config["generation"]),
+        generation=generation,
     )

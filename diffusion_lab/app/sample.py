@@ -26,6 +26,7 @@ from diffusion_lab.app import launch, parts, record
 from diffusion_lab.app.build import Loaded, generation_of, load_denoiser, plain
 from diffusion_lab.app.display import Ticker, facts_table, show
 from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.fit import describe_part
 from diffusion_lab.app.job import STRIDE, Job, from_config, read_job
 from diffusion_lab.app.run import digest, write_atomically
 
@@ -79,14 +80,9 @@ def default_out(folder: Path, job: Job, loaded: Loaded) -> Path:
 
 
 def describe(generation: Mapping[str, Any], part: str) -> str:
-    """Return a part of how samples are made as text: the class and its plain settings."""
+    """Return a part of how samples are made as text: the class and its plain settings, or what it was fitted as."""
     node = generation.get(part) or {}
-    name = str(node.get("_target_", "none")).rsplit(".", 1)[-1]
-    plain_settings = [
-        f"{k}={v}" for k, v in node.items() if not k.startswith("_") and not isinstance(v, dict)
-    ]
-    nested = [f"{k}={describe(node, k)}" for k, v in node.items() if isinstance(v, dict)]
-    return f"{name}({', '.join([*nested, *plain_settings])})"
+    return str(node["origin"]) if isinstance(node.get("origin"), str) else describe_part(node)
 
 
 def find_done(job: Job, folder: Path) -> Path | None:

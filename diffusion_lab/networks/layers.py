@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion_lab.forward_mode import is_dual
+
 Resample = Literal["none", "down", "up"]
 
 
@@ -28,14 +30,33 @@ def zero_init(module: nn.Module) -> nn.Module:
     return module
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """Group norm that can also be differentiated in forward mode where images are kept in channels-last order.
+
+    torch's rule for that derivative views its input in the usual order of memory, and raises on any other. Samplers
+    that take a JVP of the network need it; nobody else pays for the copy.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `(B, C, *)`."""
+        return super().forward(x.contiguous() if is_dual(x) else x)
+
+
+def group_norm(channels: int) -> GroupNorm:
     """Group norm with ADM's 32 groups from 128 channels on, where 32 divides them, else with a smaller power of two.
 
     That power divides both `channels` and `channels // 4`, so a group has 4 channels or more.
     """
     if channels >= 128 and channels % 32 == 0:
-        return nn.GroupNorm(32, channels)
-    return nn.GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels)
+        return GroupNorm(32, channels)
+    return GroupNorm(math.gcd(32, max(1, channels // 4), channels), channels)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k' / sqrt(C)) v over the next-to-last axis, `(*, L, C)`, by the fastest kernel that will do."""
+    if is_dual(q):
+        return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def resample(x: Tensor, how: Resample) -> Tensor:
@@ -110,5 +131,5 @@ class AttentionBlock(nn.Module):
         B, C, H, W = x.shape
         # (B, 3C, H, W) -> three of (B, heads, H * W, C / heads)
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
-        h = F.scaled_dot_product_attention(*qkv.unbind(1))
+        h = attention(*qkv.unbind(1))
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))

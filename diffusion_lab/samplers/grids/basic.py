@@ -1,9 +1,4 @@
-r"""Sampling grids: increasing log-SNRs that end at +inf. A grid of N steps has N + 1 levels and costs N calls or more.
-
-    uniform_u         logsnr(u_i), u_i = 1 - i / N, the last replaced by +inf: the schedule's own spacing
-    uniform_logsnr    N levels from logsnr_min to logsnr_max, then +inf: the solvers' spacing
-    karras            sigma^(1/rho) linear, N levels from sigma_max to sigma_min, then +inf: EDM's spacing
-    from_sigmas       any decreasing list of EDM noise levels, as other code bases print them
+r"""Grids in closed form: a schedule's spacing, the solvers', EDM's, and a list of noise levels.
 
 References:
     Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022, eq. 5.
@@ -18,16 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.process.schedules.base import Schedule
-
-
-def _closed(levels: Tensor) -> Tensor:
-    """Append +inf."""
-    return torch.cat([levels, levels.new_tensor([math.inf])])
-
-
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"a sampling grid needs at least one step, got steps={steps}")
+from diffusion_lab.samplers.grids.common import check_steps, closed
 
 
 def uniform_u(schedule: Schedule, steps: int) -> Tensor:
@@ -36,9 +22,9 @@ def uniform_u(schedule: Schedule, steps: int) -> Tensor:
     Raises:
         ValueError: If `steps` is not positive.
     """
-    _check_steps(steps)
+    check_steps(steps)
     u = 1.0 - torch.arange(steps, dtype=torch.float64) / steps
-    return _closed(schedule(u))
+    return closed(schedule(u))
 
 
 def uniform_logsnr(logsnr_min: float, logsnr_max: float, steps: int) -> Tensor:
@@ -47,12 +33,12 @@ def uniform_logsnr(logsnr_min: float, logsnr_max: float, steps: int) -> Tensor:
     Raises:
         ValueError: If `steps` is not positive or the range is empty or infinite.
     """
-    _check_steps(steps)
+    check_steps(steps)
     if not (math.isfinite(logsnr_min) and math.isfinite(logsnr_max) and logsnr_min < logsnr_max):
         raise ValueError(
             f"uniform_logsnr needs finite logsnr_min < logsnr_max, got {logsnr_min} and {logsnr_max}"
         )
-    return _closed(torch.linspace(logsnr_min, logsnr_max, steps, dtype=torch.float64))
+    return closed(torch.linspace(logsnr_min, logsnr_max, steps, dtype=torch.float64))
 
 
 def karras(sigma_min: float, sigma_max: float, rho: float, steps: int) -> Tensor:
@@ -61,11 +47,11 @@ def karras(sigma_min: float, sigma_max: float, rho: float, steps: int) -> Tensor
     Raises:
         ValueError: If `steps` is not positive or the levels are not 0 < sigma_min < sigma_max.
     """
-    _check_steps(steps)
+    check_steps(steps)
     if not (0.0 < sigma_min < sigma_max and rho > 0.0):
         raise ValueError("karras needs 0 < sigma_min < sigma_max and rho > 0")
     ends = (sigma_max ** (1.0 / rho), sigma_min ** (1.0 / rho))
-    return _closed(-2.0 * rho * torch.log(torch.linspace(*ends, steps, dtype=torch.float64)))
+    return closed(-2.0 * rho * torch.log(torch.linspace(*ends, steps, dtype=torch.float64)))
 
 
 def from_sigmas(sigmas: Sequence[float]) -> Tensor:
@@ -78,4 +64,4 @@ def from_sigmas(sigmas: Sequence[float]) -> Tensor:
     levels = levels[:-1] if len(levels) > 1 and float(levels[-1]) == 0.0 else levels
     if len(levels) == 0 or not bool((levels > 0).all()) or not bool((levels.diff() < 0).all()):
         raise ValueError("from_sigmas needs positive noise levels in decreasing order")
-    return _closed(-2.0 * torch.log(levels))
+    return closed(-2.0 * torch.log(levels))
