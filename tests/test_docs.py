@@ -11,11 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_tables_are_generated_from_the_results():
+@pytest.mark.parametrize("script", ["render_docs.py", "claims.py"])
+def test_tables_are_generated_from_the_results(script):
     done = subprocess.run(
-        [sys.executable, "benchmarks/render_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, f"benchmarks/{script}", "--check"], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, f"run `python benchmarks/render_docs.py`: {done.stdout}{done.stderr}"
+    assert done.returncode == 0, f"run `python benchmarks/{script}`: {done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -1,0 +1,195 @@
+"""The claims table: docs/claims.md, made from benchmarks/results/*.json and from nothing typed.
+
+A claim is what a paper says, where its evidence here lies, and a rule that turns the evidence into a verdict. A rule
+sees one number a seed, the ratio by which the claim is true (above 1: as claimed); the verdict is
+
+    holds                  above 1 for every seed
+    does not hold here     not so
+    not measured           no result yet
+
+`python benchmarks/claims.py --check` only says whether the page is out of date, and exits with 1 if so; the tests run
+it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "claims.md"
+HEAD = """# Claims
+
+What the papers say, and what this code measures. Every row is made by `python benchmarks/claims.py` from the results of
+a benchmark that anybody can run; the ratio says by how much the claim comes out true (above 1) or false (below 1), as
+the mean over seeds and their range. A claim holds if it does so for every seed.
+
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a rule finds: one ratio a seed, and the figures in words."""
+
+    ratios: Sequence[float]
+    figure: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One row.
+
+    Attributes:
+        paper: Authors and year.
+        statement: What the paper says, in our words, with its figure where it gives one.
+        command: What makes the evidence.
+        result: Name of the result file.
+        rule: From that file to the evidence.
+    """
+
+    paper: str
+    statement: str
+    command: str
+    result: str
+    rule: Callable[[dict[str, Any]], Evidence]
+
+
+def _cell(result: dict[str, Any], sampler: str, budget: int) -> list[float]:
+    """Return a sampler's distances, a seed each, on the better of the grids it was run on."""
+    rows = [
+        row
+        for row in result["figures"]["rows"]
+        if (row["sampler"], row["budget"], row["by"]) == (sampler, budget, "diffusion_lab")
+    ]
+    return min((row["seeds"] for row in rows), key=statistics.mean)
+
+
+def better(ours: str, others: Sequence[str], budgets: Sequence[int]) -> Callable[[dict[str, Any]], Evidence]:
+    """A rule: at every budget, `ours` has a lower distance than each of `others`; the worst ratio of a seed counts."""
+
+    def rule(result: dict[str, Any]) -> Evidence:
+        mine = {b: _cell(result, ours, b) for b in budgets}
+        ratios: list[float] = []
+        for seed in range(len(mine[budgets[0]])):
+            worst = min(_cell(result, other, b)[seed] / mine[b][seed] for other in others for b in budgets)
+            ratios.append(worst)
+        shown = [
+            f"{b} NFE: {statistics.mean(mine[b]):.3g} against "
+            + ", ".join(f"{other} {statistics.mean(_cell(result, other, b)):.3g}" for other in others)
+            for b in budgets
+        ]
+        return Evidence(ratios=ratios, figure="; ".join(shown))
+
+    return rule
+
+
+def _rows(part: str) -> list[Claim]:
+    command, result = f"`python benchmarks/samplers.py {part}`", f"samplers_{part}"
+
+    def claim(paper: str, statement: str, rule: Callable[[dict[str, Any]], Evidence]) -> Claim:
+        return Claim(
+            paper=paper, statement=f"{statement} ({part})", command=command, result=result, rule=rule
+        )
+
+    few = (5, 8, 10)
+    return [
+        claim(
+            "Schioppa & Salimans 2026",
+            "in few steps, at equal cost, covariance-aware sampling beats DDIM, aDDIM, Heun and DPM-Solver++ on pixels",
+            better("covariance", ("ddim", "addim", "heun", "dpmpp_2m"), few),
+        ),
+        claim(
+            "Schioppa & Salimans 2026",
+            "covariance-aware sampling beats DDIM at equal cost",
+            better("covariance", ("ddim",), few),
+        ),
+        claim(
+            "Heek, Hoogeboom & Salimans 2024", "aDDIM beats DDIM", better("addim", ("ddim",), (8, 10, 15, 20))
+        ),
+        claim(
+            "Karras et al. 2022", "Heun beats Euler at 10 to 20 NFE", better("heun", ("euler",), (10, 15, 20))
+        ),
+        claim(
+            "Lu et al. 2022",
+            "second-order DPM-Solver++ beats first-order DDIM at 10 to 20 NFE",
+            better("dpmpp_2m", ("ddim",), (10, 15, 20)),
+        ),
+        claim(
+            "Zhao et al. 2023",
+            "UniPC beats DPM-Solver++ below 10 NFE",
+            better("unipc", ("dpmpp_2m",), (5, 8)),
+        ),
+        claim(
+            "Zheng et al. 2023",
+            "DPM-Solver-v3 beats DPM-Solver++ below 10 NFE",
+            better("dpm_solver_v3", ("dpmpp_2m",), (5, 8)),
+        ),
+        claim(
+            "Zheng et al. 2023",
+            "DPM-Solver-v3 beats UniPC at 5 NFE (CIFAR-10, FID 12.76 against 23.71)",
+            better("dpm_solver_v3", ("unipc",), (5,)),
+        ),
+    ]
+
+
+SEEDS = {
+    "samplers_digits": "A seed trains a model and draws its samples.",
+    "samplers_mnist": "One model; a seed draws its samples.",
+}
+CLAIMS = [*_rows("digits"), *_rows("mnist")]
+
+
+def render() -> str:
+    """Return the page."""
+    lines = [
+        "| paper | claim | command | here (distance, lower is better) | ratio over seeds | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    origins = {}
+    for claim in CLAIMS:
+        file = RESULTS / f"{claim.result}.json"
+        if not file.is_file():
+            lines.append(f"| {claim.paper} | {claim.statement} | {claim.command} | | | not measured |")
+            continue
+        result = json.loads(file.read_text())
+        evidence = claim.rule(result)
+        ratios = evidence.ratios
+        verdict = "holds" if min(ratios) > 1.0 else "**does not hold here**"
+        spread = (
+            f"{statistics.mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} seeds)"
+        )
+        lines.append(
+            f"| {claim.paper} | {claim.statement} | {claim.command} | {evidence.figure} | {spread} | {verdict} |"
+        )
+        label = next(key for key in result["figures"]["rows"][0] if key.startswith("FD@"))
+        where = f"`benchmarks/results/{claim.result}.json`: {label}, commit `{str(result['commit'])[:12]}`"
+        origins[claim.result] = f"{where}, {result['machine']}. {SEEDS[claim.result]}"
+    return (
+        HEAD
+        + "\n".join(lines)
+        + "\n\nSources:\n\n"
+        + "\n".join(f"- {text}" for text in origins.values())
+        + "\n"
+    )
+
+
+def main() -> int:
+    """Write the page, or with --check say whether it is out of date."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = not PAGE.exists() or PAGE.read_text() != render()
+    if stale and not check:
+        PAGE.write_text(render())
+    if stale:
+        print(f"{'out of date' if check else 'updated'}: {PAGE.relative_to(ROOT)}")
+    return 1 if stale and check else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

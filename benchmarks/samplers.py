@@ -1,0 +1,373 @@
+"""Samplers against each other and against diffusers and k-diffusion: error and Fréchet distance by cost.
+
+    exact     ten Gaussians in 64 dimensions, the classes of scikit-learn's digits, with their exact denoiser: root mean
+              square error against the ODE's solution (deterministic samplers) and Fréchet distance of 4,096
+              samples to the mixture's own moments (all samplers)
+    digits    Fréchet distance of samples of the quickstart's model, trained with three seeds
+    mnist     the same on a model of MNIST, three sampling seeds; needs DIFFUSION_LAB_DATA
+
+Cost is counted in evaluations of the denoiser (NFE), one with a forward-mode derivative as two; for each budget a
+sampler takes the most steps that fit. Everybody starts from the same noise on the same grid of equal steps in log-SNR.
+
+    python benchmarks/samplers.py exact digits mnist [--runs runs/benchmarks] [--workers 2]
+
+Models are trained into `--runs` unless they are there. Results: benchmarks/results/samplers_<part>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, report
+from omegaconf import OmegaConf
+from peers import PEERS
+from torch import Tensor
+
+from diffusion_lab.app.build import data_module, instantiate, load_denoiser
+from diffusion_lab.denoisers import GaussianMixtureDenoiser
+from diffusion_lab.forward_mode import is_dual
+from diffusion_lab.images import to_float, to_uint8
+from diffusion_lab.metrics.features import MNISTCNN, DigitsCNN
+from diffusion_lab.metrics.frechet import frechet_distance, frechet_from_stats
+from diffusion_lab.metrics.stats import gaussian_stats
+from diffusion_lab.process import VariancePreserving
+from diffusion_lab.rng import SampleRNG
+from diffusion_lab.samplers import Heun
+from diffusion_lab.samplers.grids import uniform_logsnr, uniform_u
+from diffusion_lab.typing import Cond
+
+BUDGETS = (5, 8, 10, 15, 20, 50)
+ENDS = (-10.0, 10.0)
+# they choose their own number of evaluations, or trade it for rounds in parallel; docs/samplers.md has their figures
+OWN_COST = {"adaptive_rk", "paradigms"}
+ON_MNIST = (
+    "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "dpm_solver_v3", "addim", "covariance",
+    "covariance_block", "covariance_scalar", "ddpm", "dpmpp_2m_sde",
+)  # fmt: skip
+
+
+# ---- samplers and what they cost -------------------------------------------------------------------------------
+
+
+def samplers() -> dict[str, Any]:
+    """Build every file of conf/sampler, by name."""
+    found = {}
+    for file in sorted((ROOT / "conf" / "sampler").glob("*.yaml")):
+        if file.stem not in OWN_COST:
+            found[file.stem] = instantiate(OmegaConf.to_container(OmegaConf.load(file)), file.stem)
+    return found
+
+
+class Costing:
+    """A denoiser that counts its evaluations, one that is differentiated as two."""
+
+    def __init__(self, denoiser: Any) -> None:
+        self.interpolant, self.denoiser, self.cost = denoiser.interpolant, denoiser, 0
+
+    def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
+        self.cost += 2 if is_dual(x) else 1
+        return self.denoiser(x, logsnr, cond)
+
+
+class Shrink:
+    """x0 = x / 2: the cheapest denoiser that has a derivative, for counting costs."""
+
+    interpolant = VariancePreserving()
+
+    def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
+        return 0.5 * x
+
+
+def cost(sampler: Any, steps: int) -> int:
+    """Return the evaluations that a grid of `steps` steps costs."""
+    counting = Costing(Shrink())
+    sampler(counting, torch.zeros(1, 1, 8, 8), log_grid(steps), rng=SampleRNG([0]))
+    return counting.cost
+
+
+def steps_within(sampler: Any, budget: int) -> int | None:
+    """Return the most steps whose cost fits the budget, or None if not even one does."""
+    best = None
+    for steps in range(1, budget + 1):
+        if cost(sampler, steps) > budget:
+            break
+        best = steps
+    return best
+
+
+def log_grid(steps: int) -> Tensor:
+    """Equal steps in log-SNR, which the ODE solvers like; a single one starts at pure noise."""
+    return (
+        uniform_logsnr(*ENDS, steps)
+        if steps > 1
+        else torch.tensor([ENDS[0], float("inf")], dtype=torch.float64)
+    )
+
+
+def cosine_grid(steps: int) -> Tensor:
+    """Equal steps of the cosine schedule, which noise likes."""
+    from diffusion_lab.process import Cosine
+
+    return uniform_u(Cosine(logsnr_min=ENDS[0], logsnr_max=ENDS[1]), steps)
+
+
+GRIDS: dict[str, Callable[[int], Tensor]] = {"logsnr": log_grid, "cosine": cosine_grid}
+
+
+# ---- the exact problem ---------------------------------------------------------------------------------------
+
+
+@cache
+def mixture() -> GaussianMixtureDenoiser:
+    """Ten Gaussians at the class means of the digits, each with its class's mean variance in 64 dimensions."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x, y = torch.from_numpy(digits.data / 8.0 - 1.0), torch.from_numpy(digits.target)
+    return GaussianMixtureDenoiser(
+        means=torch.stack([x[y == k].mean(0) for k in range(10)]),
+        variances=torch.stack([x[y == k].var(0).mean() for k in range(10)]),
+        weights=torch.ones(10, dtype=torch.float64),
+        labels=torch.arange(10),
+        interpolant=VariancePreserving(),
+    )
+
+
+def moments(problem: GaussianMixtureDenoiser) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the mixture."""
+    mean = problem.means.mean(0)
+    spread = problem.means - mean
+    return mean, torch.diag(problem.variances.mean(0)) + spread.T @ spread / len(problem.means)
+
+
+def exact(_: argparse.Namespace) -> None:
+    """Run the exact problem."""
+    problem, (mean, cov) = mixture(), moments(mixture())
+    rng = SampleRNG(range(4096))
+    start = rng.randn((64,), dtype=torch.float64) * VariancePreserving()(log_grid(2)[0])[1]
+    few = start[:256]
+    truth = Heun()(problem, few, uniform_logsnr(*ENDS, 3000))
+    draw = torch.Generator().manual_seed(0)
+    component = torch.randint(10, (4096,), generator=draw)
+    real = problem.means[component] + problem.variances[component].sqrt() * torch.randn(
+        4096, 64, generator=draw, dtype=torch.float64
+    )
+    rows: list[dict[str, Any]] = [
+        {"sampler": "exact samples", "by": "", "FD@4096": frechet_distance(*sample_moments(real), mean, cov)}
+    ]
+    found: dict[tuple[str, str, int], float] = {}
+    for name, sampler in samplers().items():
+        sampler = fitted_on_mixture(sampler, problem)
+        for budget in BUDGETS:
+            steps = steps_within(sampler, budget)
+            if steps is None:
+                continue
+            grid = log_grid(steps)
+            runs: dict[str, Callable[[Tensor, int], Tensor]] = {
+                "diffusion_lab": lambda x, n, s=sampler, g=grid: s(problem, x, g, rng=SampleRNG(range(n)))
+            }
+            for library, peer in PEERS.get(name, {}).items():
+                runs[library] = lambda x, n, p=peer, g=grid: p(problem, x, g, None, 0)
+            for library, run in runs.items():
+                row = {"sampler": name, "by": library, "NFE": cost(sampler, steps), "budget": budget}
+                row["FD@4096"] = frechet_distance(*sample_moments(run(start, 4096)), mean, cov)
+                if not getattr(sampler, "stochastic", False):
+                    row["RMSE"] = float((run(few, 256) - truth).square().mean().sqrt())
+                rows.append(row)
+                found[name, library, budget] = row.get("RMSE", row["FD@4096"])
+        print(name, "done", flush=True)
+    report("samplers_exact", rows, against_peers(found))
+
+
+def fitted_on_mixture(sampler: Any, problem: GaussianMixtureDenoiser) -> Any:
+    """Fit what wants fitting, to samples of the mixture."""
+    if getattr(sampler, "fitted", True):
+        return sampler
+    from dataclasses import replace
+
+    from diffusion_lab.samplers.dpm_solver_v3_statistics import Statistics
+
+    draw = torch.Generator().manual_seed(1)
+    component = torch.randint(10, (256,), generator=draw)
+    noise = torch.randn(256, 64, generator=draw, dtype=torch.float64)
+    x0 = problem.means[component] + problem.variances[component].sqrt() * noise
+    return replace(sampler, statistics=Statistics.of(sampler.fit(problem, x0, None, SampleRNG(range(256)))))
+
+
+def sample_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of rows."""
+    return x.mean(0), torch.cov(x.T)
+
+
+def against_peers(found: dict[tuple[str, str, int], float]) -> dict[str, float]:
+    """Return, for each method and library, the median over budgets of their error over ours."""
+    ratios = {}
+    for name, peers in PEERS.items():
+        for library in peers:
+            pairs = [(found.get((name, library, b)), found.get((name, "diffusion_lab", b))) for b in BUDGETS]
+            quotients = [theirs / ours for theirs, ours in pairs if theirs is not None and ours]
+            if quotients:
+                ratios[f"{name}_{library}_over_ours"] = statistics.median(quotients)
+    return ratios
+
+
+# ---- models --------------------------------------------------------------------------------------------------
+
+RECIPES = {
+    "digits": ["experiment=digits/quickstart"],
+    "mnist": [
+        "experiment=mnist/quickstart", "model.channels=16", "lr_schedule=linear",
+        "lr_schedule.warmup_images=6400", "max_images=102400", "optimizer.lr=2e-3",
+        "callbacks.sample_grid.every_images=102400",
+    ],
+}  # fmt: skip
+
+
+def trained(runs: Path, part: str, seed: int) -> Path:
+    """Train a model unless it is there, and return its folder."""
+    folder = runs / "benchmark" / f"{part}-{seed}"
+    if not (folder / "export").is_dir():
+        words = [
+            *RECIPES[part],
+            f"seed={seed}",
+            f"paths.runs={runs}",
+            f"run_id={folder.name}",
+            "name=benchmark",
+        ]
+        subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True)
+    return folder
+
+
+@cache
+def loaded(folder: Path) -> tuple[Any, Tensor, Tensor, Any]:
+    """Denoiser, training images and labels as floats, and the statistics of the test images."""
+    torch.set_num_threads(1)
+    model = load_denoiser(folder)
+    data = data_module(model.config)
+    images, labels = data.train_images()
+    assert labels is not None
+    test, _ = data.test_images()
+    features = extractor(data.shape)
+    return model.denoiser, to_float(images), labels, gaussian_stats(features(test))
+
+
+@cache
+def extractor(shape: tuple[int, ...]) -> Any:
+    """The features that distances are measured in."""
+    return (DigitsCNN() if shape[-1] == 8 else MNISTCNN()).eval()
+
+
+@torch.no_grad()
+def distance(folder: Path, name: str, library: str, steps: int, grid: str, seed: int, n: int) -> float:
+    """Return the Fréchet distance of `n` samples to the test images."""
+    denoiser, x0, _, reference = loaded(folder)
+    sampler = fitted_on_run(folder, name)
+    levels, finished = GRIDS[grid](steps), []
+    start = denoiser.interpolant(levels[0])[1]
+    for first in range(0, n, 128):
+        seeds = [seed * 2**20 + i for i in range(first, min(first + 128, n))]
+        cond = {"label": torch.tensor([i % 10 for i in seeds])}
+        rng = SampleRNG(seeds)
+        x = float(start) * rng.randn(x0.shape[1:])
+        if library == "diffusion_lab":
+            end = sampler(denoiser, x, levels, cond=cond, rng=rng)
+        else:
+            end = PEERS[name][library](denoiser, x, levels, cond, seed + first)
+        finished.append(to_uint8(torch.nan_to_num(end)))
+    return frechet_from_stats(gaussian_stats(extractor(tuple(x0.shape[1:]))(torch.cat(finished))), reference)
+
+
+@cache
+def fitted_on_run(folder: Path, name: str) -> Any:
+    """Build a sampler, fitted to the run's denoiser on training images where it wants to be."""
+    sampler = samplers()[name]
+    if getattr(sampler, "fitted", True):
+        return sampler
+    from dataclasses import replace
+
+    from safetensors.torch import load_file, save_file
+
+    from diffusion_lab.samplers.dpm_solver_v3_statistics import Statistics
+
+    file = folder / f"benchmark-{name}.safetensors"
+    if not file.is_file():
+        denoiser, x0, labels, _ = loaded(folder)
+        chosen = torch.linspace(0, len(x0) - 1, 256).long()
+        tensors = sampler.fit(denoiser, x0[chosen], {"label": labels[chosen]}, SampleRNG(range(256)))
+        save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+    return replace(sampler, statistics=Statistics.of(load_file(file)))
+
+
+def on_model(part: str, options: argparse.Namespace) -> None:
+    """Fréchet distance by cost on trained models."""
+    torch.set_num_threads(1)
+    seeds, n = range(3), options.n or (1000 if part == "digits" else 400)
+    folders = {seed: trained(options.runs, part, seed if part == "digits" else 0) for seed in seeds}
+    budgets = BUDGETS if part == "digits" else BUDGETS[:-1]
+    tasks: list[tuple[Any, ...]] = []
+    for name, sampler in samplers().items():
+        if part == "mnist" and name not in ON_MNIST:
+            continue
+        probe = sampler if getattr(sampler, "fitted", True) else samplers()["ddim"]
+        for budget in budgets:
+            steps = steps_within(probe, budget)
+            if steps is None:
+                continue
+            for grid in GRIDS if budget <= 20 else ("logsnr",):
+                peers = PEERS.get(name, {}) if grid == "logsnr" and budget == 10 else {}
+                tasks += [
+                    (name, library, budget, cost(probe, steps), steps, grid, seed)
+                    for library in ("diffusion_lab", *peers)
+                    for seed in seeds
+                ]
+    for seed in seeds:
+        fitted_on_run(folders[seed], "dpm_solver_v3")
+    calls = [(folders[t[-1]], t[0], t[1], t[4], t[5], t[6], n) for t in tasks]
+    with ProcessPoolExecutor(options.workers) as pool:
+        distances = []
+        for k, found in enumerate(pool.map(distance, *zip(*calls, strict=True), chunksize=4)):
+            distances.append(found)
+            if k % 50 == 0:
+                print(f"{part} {k}/{len(tasks)}", flush=True)
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for task, found in zip(tasks, distances, strict=True):
+        groups.setdefault(task[:-1], []).append(found)
+    label = f"FD@{n} ({extractor((1, 8, 8) if part == 'digits' else (1, 28, 28)).name})"
+    rows = [
+        {
+            "sampler": name, "by": library, "budget": budget, "NFE": nfe, "grid": grid, label: statistics.mean(values),
+            "seeds": values,
+        }
+        for (name, library, budget, nfe, _, grid), values in groups.items()
+    ]  # fmt: skip
+    at_ten = {(r["sampler"], r["by"], r["budget"]): r[label] for r in rows if r["grid"] == "logsnr"}
+    report(f"samplers_{part}", rows, against_peers(at_ten))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="+", choices=["exact", "digits", "mnist"])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmarks")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--n", type=int, default=None, help="samples for each distance")
+    options = parser.parse_args(words)
+    for part in options.parts:
+        if part == "exact":
+            exact(options)
+        else:
+            on_model(part, options)
+
+
+if __name__ == "__main__":
+    main()
