@@ -77,19 +77,34 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def report(name: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float]) -> None:
-    """Print a table of `rows`, keep the result, and print it as one JSON line."""
+def report(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Mapping[str, float],
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> None:
+    """Print a table of `rows`, keep the result, and print it as one JSON line.
+
+    Args:
+        name: Name of the benchmark.
+        rows: What was measured; rows may lack a column.
+        ratios: 1.0 is parity, larger is better for us.
+        tables: The same figures arranged for a page, by name.
+    """
     table = Table(title=name)
-    for column in rows[0]:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        values = [row.get(column, "") for column in columns]
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
     Console().print(table)
     result = {
         "figures": {"rows": list(rows)},
         "ratios": dict(ratios),
         "machine": machine(),
         "commit": commit(),
+        **(tables or {}),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -5,7 +5,7 @@
         record.json     versions, git commit, command, hardware, seeds, start and end of every session
         checkpoints/    metrics.csv    samples/    logs/    report.html
         export/         averaged weights as safetensors, and config.yaml
-    <paths.runs>/<name>/latest -> <run id>
+    <paths.runs>/<name>/latest -> <run id>      the one started or resumed last
 
 The id is the local time. Folders are made with an exclusive mkdir, so jobs that start in the same second get their
 own. `latest` is a relative link, renamed into place: at any moment it leads somewhere.
@@ -35,7 +35,10 @@ LATEST = "latest"
 
 # what no training step depends on
 NOT_IDENTITY = frozenset(
-    "name run_id resume max_images paths logger choices overrides generation sampler grid guidance modifiers metrics".split()
+    (
+        "name run_id resume max_images paths logger choices overrides generation sampler grid guidance modifiers "
+        "metrics"
+    ).split()
 )
 # callbacks that only look
 WATCHING = frozenset(
@@ -133,19 +136,29 @@ def create(runs: Path, name: str, run_id: str | None = None) -> RunFolder:
 
 def point_latest(folder: Path) -> None:
     """Make `latest` beside `folder` lead to it, atomically."""
+    folder = folder.absolute()
     aside = folder.parent / f".{LATEST}.{secrets.token_hex(8)}"
     aside.symlink_to(folder.name, target_is_directory=True)
     os.replace(aside, folder.parent / LATEST)
 
 
-def discard(folder: RunFolder) -> None:
-    """Remove a run that never began, and let `latest` lead to the newest one that did."""
+def discard(folder: RunFolder, name: str) -> None:
+    """Remove a run that never began, and let `latest` lead to the newest one that did.
+
+    Where there is none, the folders that were made for the name go too, if nothing else is in them.
+    """
     shutil.rmtree(folder.path, ignore_errors=True)
     others = list_runs(folder.path.parent)
     if others:
         point_latest(others[0].path)
-    else:
-        (folder.path.parent / LATEST).unlink(missing_ok=True)
+        return
+    (folder.path.parent / LATEST).unlink(missing_ok=True)
+    # one folder for each part of the name, and that of all runs
+    for parent in list(folder.path.absolute().parents)[: name.count("/") + 2]:
+        try:
+            parent.rmdir()
+        except OSError:
+            break
 
 
 def list_runs(parent: Path) -> list[RunFolder]:

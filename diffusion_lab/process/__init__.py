@@ -5,6 +5,7 @@ u in [0, 1] --schedule--> logsnr --interpolant--> (alpha, sigma) --marginal--> x
 
 from diffusion_lab.process.broadcast import broadcast_right, expand_logsnr
 from diffusion_lab.process.gaussian import (
+    add_noise,
     ddim_step,
     eps_from_x0,
     inverse_ddim_step,
@@ -46,6 +47,7 @@ __all__ = [
     "VarianceExploding",
     "VariancePreserving",
     "broadcast_right",
+    "add_noise",
     "ddim_step",
     "eps_from_x0",
     "expand_logsnr",

@@ -4,6 +4,7 @@ r"""The Gaussian process in one coordinate: marginals, posteriors and DDIM maps 
     posterior       q(x_next | x, x0) = N( r (alpha_next / alpha) x + (1 - r) alpha_next x0,  (1 - r) sigma_next^2 I )
                     with r = exp(logsnr - logsnr_next) in [0, 1]; logsnr_next >= logsnr is the cleaner level
     DDIM map        x_next = alpha_next x0 + (sigma_next / sigma) (x - alpha x0)
+    add noise       x_hat = (alpha_hat / alpha) x + sigma_hat sqrt(1 - exp(logsnr_hat - logsnr)) z
     inverse         x0 = (x_next - (sigma_next / sigma) x) / (alpha_next - alpha sigma_next / sigma)
 
 The posterior's variance is the smallest that a reverse step may have (x0 known). The largest customary one is that
@@ -83,6 +84,20 @@ def posterior(
     lower = broadcast_right(one_minus_r * sigma_next**2, x)
     upper = broadcast_right(one_minus_r * sigma**2, x)
     return mean, lower, upper
+
+
+def add_noise(interpolant: Interpolant, x: Tensor, z: Tensor, logsnr: Tensor, logsnr_hat: Tensor) -> Tensor:
+    """Move `x` from `logsnr` to the noisier (or equal) `logsnr_hat` by fresh noise `z`: the forward process.
+
+    Levels are 0-d or have the leading axes of `x`. Equal levels return `x`, also at -inf.
+    """
+    (alpha, _), (alpha_hat, sigma_hat) = interpolant(logsnr), interpolant(logsnr_hat)
+    # equal levels change nothing; at -inf their difference and the ratio of the alphas are nan
+    same = logsnr == logsnr_hat
+    kept = torch.where(same, torch.ones_like(alpha), alpha_hat / alpha)
+    gap = torch.where(same, torch.zeros_like(logsnr), logsnr_hat - logsnr)
+    added = sigma_hat * torch.sqrt(-torch.expm1(gap))
+    return broadcast_right(kept, x) * x + broadcast_right(added, x) * z
 
 
 def ddim_step(interpolant: Interpolant, x: Tensor, x0: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> Tensor:

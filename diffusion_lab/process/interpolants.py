@@ -39,6 +39,12 @@ def _at_least_float32(logsnr: Tensor) -> Tensor:
     return logsnr if logsnr.dtype in (torch.float32, torch.float64) else logsnr.float()
 
 
+def _sigmoid(logsnr: Tensor) -> Tensor:
+    # torch.sigmoid rounds the end of a vector otherwise than its middle (2.13, CPU), so that a sample's coefficients
+    # would depend on its place in the batch; exp does not
+    return 1.0 / (1.0 + torch.exp(-logsnr))
+
+
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving:
     """alpha^2 + sigma^2 = 1: the DDPM and VDM process."""
@@ -46,7 +52,7 @@ class VariancePreserving:
     def __call__(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(sqrt(sigmoid(logsnr)), sqrt(sigmoid(-logsnr)))`."""
         logsnr = _at_least_float32(logsnr)
-        return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
+        return _sigmoid(logsnr).sqrt(), _sigmoid(-logsnr).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,4 +72,4 @@ class RectifiedFlow:
     def __call__(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(sigmoid(logsnr / 2), sigmoid(-logsnr / 2))`."""
         logsnr = _at_least_float32(logsnr)
-        return torch.sigmoid(0.5 * logsnr), torch.sigmoid(-0.5 * logsnr)
+        return _sigmoid(0.5 * logsnr), _sigmoid(-0.5 * logsnr)

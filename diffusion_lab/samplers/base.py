@@ -3,7 +3,7 @@ r"""What a sampler is, and the loop that most samplers share.
     x at grid[0]  --step-->  x at grid[1]  --step--> ... --step-->  x at grid[N] = +inf, which is x0
 
 A grid is a 1-D tensor of log-SNRs, float64, on the CPU, increasing, ending at +inf, where alpha = 1 and sigma = 0
-exactly: the last step therefore returns the denoiser's output. `grids.py` makes them. Because the levels stay on the
+exactly: the last step therefore returns the denoiser's output. `grids/` makes them. Because the levels stay on the
 CPU, their coefficients are computed in float64 and multiply a tensor of any device without synchronisation.
 
 A `Stepper` is a sampler written as one step. Its state (earlier outputs of a multistep method) is handed from step to
@@ -58,6 +58,14 @@ class BoundDenoiser:
         """Return E[x0 | x] under the bound conditions (`cond` is ignored)."""
         self.last = self._denoiser(x, expand_logsnr(logsnr, x), self._cond)
         return self.last
+
+    def with_variance(self, x: Tensor, logsnr: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return E[x0 | x] and the learned interpolation of the reverse variance, or None twice without one."""
+        ask = getattr(self._denoiser, "with_variance", None)
+        if ask is None:
+            return None, None
+        self.last, c = ask(x, expand_logsnr(logsnr, x), self._cond)
+        return self.last, c
 
 
 def check_grid(grid: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What must hold for every sampler. Each law takes a sampler and asserts; see test_samplers.py for those in conf/sampler.
+"""What must hold for every sampler. Each law takes a sampler and asserts; test_samplers.py has those of conf/sampler.
 
 check_everything(sampler)     all laws below that need no more than the sampler
 check_order(sampler, order)   deterministic ones: the order of convergence, in every interpolant
@@ -91,10 +91,13 @@ def check_everything(sampler):
         law(sampler)
 
 
-def check_order(sampler, order, within=0.35, steps=(40, 80, 160, 320)):
-    """The order test protocol: 1-D mixture, log-SNR -5 to 5, `steps` equal steps, worst of nine starts."""
+def check_order(sampler, order, within=0.35, steps=(40, 80, 160, 320), warp=0.0, uneven=0.0):
+    """The order test protocol: 1-D mixture, log-SNR -5 to 5, `steps` equal steps, worst of nine starts.
+
+    `warp` and `uneven` make the steps unequal (`problems.order_levels`).
+    """
     for name, interpolant in INTERPOLANTS.items():
-        observed, errors = observed_order(sampler, interpolant, exact_ends(), steps)
+        observed, errors = observed_order(sampler, interpolant, exact_ends(), steps, warp, uneven)
         assert abs(observed - order) <= within, (name, observed, errors)
 
 

@@ -28,8 +28,9 @@ def _from_conf(path):
     return hydra.utils.instantiate(node, _convert_="all")
 
 
-# every file of conf/sampler that needs no model to be fitted to first, and options that change the arithmetic
-ALL_SAMPLERS = {path.stem: _from_conf(path) for path in sorted(CONF.glob("*.yaml"))}
+# every file of conf/sampler that needs no model to be fitted to first nor one with a learned variance, and options that
+# change the arithmetic
+ALL_SAMPLERS = {path.stem: _from_conf(path) for path in sorted(CONF.glob("*.yaml")) if path.stem != "iddpm"}
 ALL_SAMPLERS = {
     name: sampler for name, sampler in ALL_SAMPLERS.items() if getattr(sampler, "fitted", True)
 } | {
@@ -65,9 +66,20 @@ def gaussian(interpolant, variance, dim=1, mean=0.0):
     )
 
 
-def solve(sampler, interpolant, steps):
-    """x0-scaled end points at log-SNR 5 of the order test protocol: 9 starts at log-SNR -5, `steps` equal steps."""
-    grid = torch.cat([torch.linspace(-5, 5, steps + 1, dtype=D64), torch.tensor([math.inf], dtype=D64)])
+def order_levels(steps, warp=0.0, uneven=0.0):
+    """`steps` + 1 log-SNRs from -5 to 5: in equal steps, or not.
+
+    `warp` makes the steps grow smoothly away from the middle, 5 sinh(warp u) / sinh(warp) for u in [-1, 1]; `uneven`
+    moves every second level by that part of a step, so that neighbouring steps keep their ratio as N grows.
+    """
+    levels = torch.linspace(-5, 5, steps + 1, dtype=D64)
+    levels[1:-1:2] += uneven * 10 / steps
+    return 5 * torch.sinh(warp * levels / 5) / math.sinh(warp) if warp else levels
+
+
+def solve(sampler, interpolant, steps, warp=0.0, uneven=0.0):
+    """x0-scaled end points at log-SNR 5 of the order test protocol: 9 starts at -5, steps equal unless said."""
+    grid = torch.cat([order_levels(steps, warp, uneven), torch.tensor([math.inf], dtype=D64)])
     alpha, sigma = interpolant(grid[0])
     # the same starts in every interpolant: x / sqrt(alpha^2 + sigma^2) is shared
     x = torch.linspace(-2, 2, 9, dtype=D64)[:, None] * torch.sqrt(alpha**2 + sigma**2)
@@ -76,9 +88,9 @@ def solve(sampler, interpolant, steps):
     return states[steps - 1] / interpolant(grid[steps])[0]
 
 
-def observed_order(sampler, interpolant, reference, steps=(40, 80, 160, 320)):
+def observed_order(sampler, interpolant, reference, steps=(40, 80, 160, 320), warp=0.0, uneven=0.0):
     """log2 of the ratio of the last two errors of the order test protocol, and all the errors."""
-    errors = [float((solve(sampler, interpolant, n) - reference).abs().max()) for n in steps]
+    errors = [float((solve(sampler, interpolant, n, warp, uneven) - reference).abs().max()) for n in steps]
     return math.log2(errors[-2] / errors[-1]), errors
 
 

@@ -20,5 +20,11 @@ def test_order_of_convergence(sampler, order):
     check_order(sampler, order)
 
 
+@pytest.mark.parametrize("steps", [{"warp": 1.5}, {"uneven": 0.3}], ids=str)
+def test_order_of_a_multistep_method_on_unequal_steps(steps):
+    # uneven: a method that takes its past steps for equal ones has order 1 here, and 2 on any smooth grid
+    check_order(DPMSolverPP2M(), 2, **steps)
+
+
 def test_reference_is_converged():
     assert float((solve(Heun(), INTERPOLANTS["vp"], 10_000) - exact_ends()).abs().max()) < 1e-6

@@ -3,6 +3,7 @@ r"""Sampling grids: increasing log-SNRs that end at +inf. A grid of N steps has 
     uniform_u         logsnr(u_i), u_i = 1 - i / N, the last replaced by +inf: the schedule's own spacing
     power_time        logsnr(u_i), u_i = (1 - i / N)^power: DEIS's spacing
     beta_quantile     logsnr(u_i), u_i the quantile 1 - i / N of a Beta distribution
+    uniform_time      logsnr = 2 log((1 - t) / t), t_i = 1 - i / N: rectified flow's spacing
     uniform_logsnr    N levels from logsnr_min to logsnr_max, then +inf: the solvers' spacing
     karras            sigma^(1/rho) linear, N levels from sigma_max to sigma_min, then +inf: EDM's spacing
     from_sigmas       any decreasing list of EDM noise levels, as other code bases print them
@@ -23,6 +24,7 @@ from diffusion_lab.samplers.grids.gits import GITS
 from diffusion_lab.samplers.grids.interpolate import interpolated
 from diffusion_lab.samplers.grids.listed import from_logsnrs
 from diffusion_lab.samplers.grids.power import power_time
+from diffusion_lab.samplers.grids.uniform_time import uniform_time
 
 __all__ = [
     "GITS",
@@ -35,5 +37,6 @@ __all__ = [
     "karras",
     "power_time",
     "uniform_logsnr",
+    "uniform_time",
     "uniform_u",
 ]
