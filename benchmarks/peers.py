@@ -66,7 +66,7 @@ def diffusers(name: str, *, exploding: bool = False, repeat: int = 1, **options:
         levels = grid[:-1]
         if repeat == 2:
             levels = torch.cat([levels[:1], levels[1:].repeat_interleave(2)])
-        scheduler.sigmas = torch.cat([torch.exp(-levels / 2), torch.zeros(1)]).to(torch.float32)
+        scheduler.sigmas = torch.cat([torch.exp(-levels / 2), torch.zeros(1)]).to(x.dtype)
         scheduler.timesteps = torch.arange(len(levels))
         scheduler.is_scale_input_called = True
         generator = torch.Generator().manual_seed(seed)
@@ -80,7 +80,8 @@ def diffusers(name: str, *, exploding: bool = False, repeat: int = 1, **options:
                 x0 = denoiser(at, expand_logsnr(level, at), cond)
                 extra = {"generator": generator} if takes else {}
                 x = scheduler.step(x0, t, x, **extra).prev_sample
-        return x
+            # some schedulers divide by the last noise level, which is 0: there the denoiser's output is the answer
+            return torch.where(torch.isfinite(x), x, x0)
 
     return run
 

@@ -28,7 +28,7 @@ def jvp(
         tangents: Along what; shapes and types of `primals`.
     """
     with _ONE_AT_A_TIME:
-        value, derivative = torch.func.jvp(function, primals, tangents)
+        value, derivative = torch.func.jvp(function, primals, tangents)  # type: ignore[misc]
     return value, derivative
 
 

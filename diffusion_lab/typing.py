@@ -46,3 +46,12 @@ class DenoiserFn(Protocol):
 
 GuidanceFactory = Callable[[DenoiserFn], DenoiserFn]
 """A guidance with all its settings bound but the denoiser: what a config builds."""
+
+
+def conditional_of(denoiser: DenoiserFn) -> DenoiserFn:
+    """Return the denoiser below all guidance and modifiers: a wrapper's attribute `conditional`, or itself.
+
+    Second-order quantities (the posterior's covariance, its error) are those of the model, not of its guided answer.
+    """
+    inner: DenoiserFn = getattr(denoiser, "conditional", denoiser)
+    return inner

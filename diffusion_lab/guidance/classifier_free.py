@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffusion_lab.process.broadcast import broadcast_right
 from diffusion_lab.process.interpolants import Interpolant
-from diffusion_lab.typing import Cond, DenoiserFn
+from diffusion_lab.typing import Cond, DenoiserFn, conditional_of
 
 
 class ClassifierFree:
@@ -49,6 +49,7 @@ class ClassifierFree:
         if low > high:
             raise ValueError(f"a guidance interval needs low <= high, got {low} and {high}")
         self.interpolant: Interpolant = denoiser.interpolant
+        self.conditional = conditional_of(denoiser)
         self.denoiser, self.scale, self.low, self.high = denoiser, scale, float(low), float(high)
         self._everywhere = math.isinf(self.low) and math.isinf(self.high) and self.low < self.high
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusion_lab.process.broadcast import broadcast_right
 from diffusion_lab.process.interpolants import Interpolant
-from diffusion_lab.typing import Cond, DenoiserFn
+from diffusion_lab.typing import Cond, DenoiserFn, conditional_of
 
 
 class EpsScaling:
@@ -41,6 +41,7 @@ class EpsScaling:
         if not -float("inf") < low < float("inf"):
             raise ValueError(f"EpsScaling needs a finite low, got {low}: alpha is 0 at pure noise")
         self.interpolant: Interpolant = denoiser.interpolant
+        self.conditional = conditional_of(denoiser)
         self.denoiser, self.scale, self.low = denoiser, scale, low
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion_lab.process.broadcast import broadcast_right
 from diffusion_lab.process.interpolants import Interpolant
-from diffusion_lab.typing import Cond, DenoiserFn
+from diffusion_lab.typing import Cond, DenoiserFn, conditional_of
 
 
 def _check_limit(limit: float) -> None:
@@ -40,6 +40,7 @@ class StaticThreshold:
     def __init__(self, denoiser: DenoiserFn, limit: float = 1.0) -> None:
         _check_limit(limit)
         self.interpolant: Interpolant = denoiser.interpolant
+        self.conditional = conditional_of(denoiser)
         self.denoiser, self.limit = denoiser, limit
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
@@ -64,6 +65,7 @@ class DynamicThreshold:
         if not 0.0 < quantile <= 1.0:
             raise ValueError(f"DynamicThreshold needs quantile in (0, 1], got {quantile}")
         self.interpolant: Interpolant = denoiser.interpolant
+        self.conditional = conditional_of(denoiser)
         self.denoiser, self.quantile, self.limit = denoiser, quantile, limit
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:

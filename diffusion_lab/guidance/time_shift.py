@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffusion_lab.process.broadcast import broadcast_right
 from diffusion_lab.process.interpolants import Interpolant
-from diffusion_lab.typing import Cond, DenoiserFn
+from diffusion_lab.typing import Cond, DenoiserFn, conditional_of
 
 
 class TimeShift:
@@ -48,6 +48,7 @@ class TimeShift:
                 f"TimeShift needs window >= 0 and 0 <= data_variance < 1, got {window}, {data_variance}"
             )
         self.interpolant: Interpolant = denoiser.interpolant
+        self.conditional = conditional_of(denoiser)
         self.denoiser, self.window, self.cutoff = denoiser, window, cutoff
         self.data_variance = data_variance
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from diffusion_lab.process.broadcast import expand_logsnr
 from diffusion_lab.process.interpolants import Interpolant
 from diffusion_lab.rng import SampleRNG
-from diffusion_lab.typing import Cond, DenoiserFn, OnStep
+from diffusion_lab.typing import Cond, DenoiserFn, OnStep, conditional_of
 
 State = Any
 """What a stepper hands to its next step; None at the first."""
@@ -52,6 +52,9 @@ class BoundDenoiser:
     def __init__(self, denoiser: DenoiserFn, cond: Cond | None) -> None:
         self.interpolant: Interpolant = denoiser.interpolant
         self._denoiser, self._cond = denoiser, cond
+        inner = conditional_of(denoiser)
+        self.conditional: BoundDenoiser | None = None if inner is denoiser else BoundDenoiser(inner, cond)
+        """The denoiser below guidance and modifiers, bound likewise; None where there is none of them."""
         self.last: Tensor | None = None
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:

@@ -7,10 +7,21 @@ import pytest
 import torch
 from problems import ALL_SAMPLERS, D64, INTERPOLANTS, gaussian, mixture_1d
 
-from diffusion_lab.guidance import DynamicThreshold, EpsScaling, StaticThreshold, TimeShift, Unguided
+from diffusion_lab.forward_mode import is_dual
+from diffusion_lab.guidance import (
+    ClassifierFree,
+    DynamicThreshold,
+    EpsScaling,
+    StaticThreshold,
+    TimeShift,
+    Unguided,
+)
 from diffusion_lab.process import Cosine, ddim_step, eps_from_x0
 from diffusion_lab.samplers import DDIM, Generation
+from diffusion_lab.samplers.base import BoundDenoiser
+from diffusion_lab.samplers.covariance import CovarianceAware
 from diffusion_lab.samplers.grids import uniform_u
+from diffusion_lab.typing import conditional_of
 
 GRID = uniform_u(Cosine(logsnr_min=-12, logsnr_max=12), 12)
 each = pytest.mark.parametrize("interpolant", INTERPOLANTS.values(), ids=INTERPOLANTS.keys())
@@ -81,6 +92,17 @@ def test_time_shift_finds_the_level_a_sample_has(interpolant):
     assert float(narrow.shifted(x, wrong)) == pytest.approx(-2.7)
     late = TimeShift(Fixed(x, interpolant), window=2.0, cutoff=-4.0, data_variance=0.25)
     assert torch.equal(late.shifted(x, wrong), wrong)
+
+
+@each
+def test_time_shift_goes_half_a_window_either_way(interpolant):
+    level = torch.tensor([-2.0, -2.0], dtype=D64)
+    alpha, sigma = interpolant(level[0])
+    # pixels with no variance are as clean as can be, very wide ones as noisy
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=D64) * torch.sqrt(alpha**2 + sigma**2)
+    x = torch.stack([1e-3 * noise, 1e3 * noise])
+    shifted = TimeShift(Fixed(x, interpolant), window=0.6, cutoff=0.0).shifted(x, level)
+    torch.testing.assert_close(shifted, level + torch.tensor([0.3, -0.3], dtype=D64), rtol=0, atol=1e-12)
 
 
 @each
@@ -162,3 +184,36 @@ def test_modifiers_wrap_guidance_in_their_order():
 def test_bad_parameters_are_refused(make):
     with pytest.raises(ValueError):
         make(mixture_1d(INTERPOLANTS["vp"]))
+
+
+def test_the_model_below_all_wrappers_can_be_reached():
+    model = mixture_1d(INTERPOLANTS["vp"])
+    wrapped = ClassifierFree(model, 2.0)
+    for modifier in ON:
+        wrapped = modifier(wrapped)
+    assert wrapped.conditional is model and conditional_of(model) is model
+    bound = BoundDenoiser(wrapped, None)
+    x, level = torch.ones(2, 1, dtype=D64), torch.zeros((), dtype=D64)
+    assert torch.equal(bound.conditional(x, level), model(x, level.expand(2))) and bound.last is None
+    assert BoundDenoiser(model, None).conditional is None
+
+
+def test_covariance_aware_sampling_differentiates_the_model_and_not_its_guided_answer():
+    model, asked = mixture_1d(INTERPOLANTS["vp"]), []
+
+    class Watching:
+        interpolant = model.interpolant
+
+        def __call__(self, x, logsnr, cond=None):
+            asked.append((is_dual(x), None if cond is None else "cond"))
+            return model(x, logsnr, cond)
+
+    recipe = Generation(
+        sampler=CovarianceAware(structure="scalar"),
+        grid=GRID,
+        guidance=partial(ClassifierFree, scale=2.0),
+        shape=(1,),
+        modifiers=[StaticThreshold],
+    )
+    end = recipe(Watching(), seeds=range(4), cond={"label": torch.tensor([0, 1, 1, 0])})
+    assert {what for dual, what in asked if dual} == {"cond"} and bool(torch.isfinite(end).all())

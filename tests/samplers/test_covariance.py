@@ -411,10 +411,10 @@ def test_the_conditional_denoiser_is_the_one_differentiated():
     """A clipped, guided x0 has another Jacobian than V needs; its value is still what DDIM keeps."""
     inner = Coloured(WholeImage(), torch.ones(5, dtype=D64))
 
-    class Clipped(BoundDenoiser):
-        conditional = BoundDenoiser(inner, None)
+    class Clipped(GaussianDenoiser):
+        conditional = inner
 
-    clipped = Clipped(GaussianDenoiser(mean=torch.ones(5), covariance=torch.zeros(5), interpolant=VP), None)
+    clipped = BoundDenoiser(Clipped(mean=torch.ones(5), covariance=torch.zeros(5), interpolant=VP), None)
     xi = torch.ones(1, 5, dtype=D64)
     found, _ = CovarianceAware().step(clipped, 0 * xi, LEVEL, NEXT, None, Noises(torch.ones(5), [xi]))
     ddim, _ = DDIM().step(clipped, 0 * xi, LEVEL, NEXT, None, None)
