@@ -7,11 +7,16 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
-QUICKSTART := runs/digits/quickstart/latest
+# a name of its own, so that a run started meanwhile is not sampled in its place
+DEMO := demo-$(shell date +%Y-%m-%d_%H-%M-%S)
+RUN := runs/digits/quickstart/$(DEMO)
 
 # One thread a process: the networks here are so small that two are only a third faster on an idle machine, and three
 # times slower on one that does anything else besides, because threads wait for each other after every layer.
 export OMP_NUM_THREADS ?= 1
+
+# tests of one file share what they train, so a file is one worker's
+PARALLEL := --numprocesses auto --dist loadfile
 
 .PHONY: demo test test-all lint setup clean
 .DELETE_ON_ERROR:
@@ -27,15 +32,15 @@ $(STAMP): constraints.txt pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	@$(PY) train.py experiment=digits/quickstart
-	@$(PY) sample.py run=$(QUICKSTART) num_samples=1437 batch_size=200 seed=0 out=$(QUICKSTART)/samples/demo
-	@$(PY) evaluate.py run=$(QUICKSTART) samples=$(QUICKSTART)/samples/demo
+	@$(PY) train.py experiment=digits/quickstart run_id=$(DEMO)
+	@$(PY) sample.py run=$(RUN) num_samples=1437 batch_size=200 seed=0 out=$(RUN)/samples/demo
+	@$(PY) evaluate.py run=$(RUN) samples=$(RUN)/samples/demo
 
 test: $(STAMP)
-	@$(PY) -m pytest
+	@$(PY) -m pytest $(PARALLEL)
 
 test-all: $(STAMP)
-	@$(PY) -m pytest -m ''
+	@$(PY) -m pytest $(PARALLEL) -m ''
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .

@@ -67,7 +67,7 @@ def diffusers(name: str, *, exploding: bool = False, repeat: int = 1, **options:
         if repeat == 2:
             levels = torch.cat([levels[:1], levels[1:].repeat_interleave(2)])
         scheduler.sigmas = torch.cat([torch.exp(-levels / 2), torch.zeros(1)]).to(x.dtype)
-        scheduler.timesteps = torch.arange(len(levels))
+        scheduler.timesteps = torch.arange(len(levels), dtype=torch.float64)
         scheduler.is_scale_input_called = True
         generator = torch.Generator().manual_seed(seed)
         alpha, _ = denoiser.interpolant(grid[0])

@@ -26,6 +26,13 @@ Cond = Mapping[str, Tensor]
 `None` in place of the mapping means unconditional for the whole batch; a label of `NO_LABEL` means it for one example.
 """
 
+SEED, MEASUREMENT = "seed", "measurement"
+FOR_WRAPPERS = (SEED, MEASUREMENT)
+"""Keys of a `Cond` that are no conditions of the model, but tell a guidance about each sample; models ignore them.
+
+`seed` `(B,)` int64 is there for guidances that draw noise, `measurement` `(B, *M)` for those that sample a posterior.
+"""
+
 NO_LABEL = -1
 """The value of `cond["label"]` for an example whose label was dropped or is not given."""
 

@@ -57,18 +57,20 @@ def run(profile, updates=200, batch=16):
 
 
 @pytest.mark.parametrize(
-    "profile",
+    ("profile", "decay"),
     [
-        ConstantDecay(half_life_images=500, ramp_up=None),
-        ConstantDecay(half_life_images=500),
-        PowerFunction(sigma_rel=0.1),
+        # after the k-th update of 16 images; Karras et al. 2022, appendix F.2, and 2024, section 3 (gamma 6.937)
+        (ConstantDecay(half_life_images=500, ramp_up=None), lambda k: 2 ** (-16 / 500)),
+        (ConstantDecay(half_life_images=100), lambda k: 2 ** (-16 / min(100, 0.05 * 16 * k))),
+        (ConstantDecay(half_life_images=100, ramp_up=0.2), lambda k: 2 ** (-16 / min(100, 0.2 * 16 * k))),
+        (PowerFunction(sigma_rel=0.1), lambda k: (1 - 1 / k) ** 7.937203937601805),
     ],
-    ids=["constant", "ramped", "power"],
+    ids=["constant", "ramped", "ramped_fast", "power"],
 )
-def test_against_explicit_weights(profile):
+def test_against_explicit_weights(profile, decay):
     assert isinstance(profile, Profile)
     average, history, start, net = run(profile)
-    decays = [profile.decay(k * 16, 16) for k in range(1, 201)]
+    decays = [decay(k) for k in range(1, 201)]
     weights = [(1 - d) * float(np.prod(decays[k + 1 :])) for k, d in enumerate(decays)]
     expected = float(np.prod(decays)) * start + sum(w * h for w, h in zip(weights, history, strict=True))
     torch.testing.assert_close(average.module.a.weight, expected, rtol=1e-10, atol=1e-12)

@@ -6,11 +6,17 @@ definition must lie in a package listed here. Tracing the definition, not the sp
 `diffusion_lab.app.run.os.system`: it starts like ours and ends in `os`. From torch and lightning only classes pass:
 their functions include `torch.load`. From this package the application layer and the scripts do not pass, for they
 write, start processes and read further configs.
+
+Further packages pass if the user names them: DIFFUSION_LAB_TRUST=my_package (several parted by commas). Of these only
+what is defined in them passes, not what they import. A config that was composed from the user's own command line is
+not checked here at all.
 """
 
 from __future__ import annotations
 
 import ast
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +49,7 @@ CLASSES = (
     "lightning.pytorch.plugins.precision.",
 )
 ROOTS = ("diffusion_lab.", "torch.optim.", "torch.nn.", "lightning.pytorch.")
+TRUST = "DIFFUSION_LAB_TRUST"
 
 
 def check_targets(container: Any, where: str) -> None:
@@ -66,7 +73,7 @@ def _check(value: Any, where: str, prefix: str) -> None:
             if key == "_target_":
                 if not is_allowed(inner):
                     reason = "is not among the targets that a stored config may name"
-                    raise UserError(f"{where}: {full} = {inner!r} {reason}")
+                    raise UserError(f"{where}: {full} = {inner!r} {reason}{_advice(inner)}")
             else:
                 _check(inner, where, full)
     elif isinstance(value, list | tuple):
@@ -76,15 +83,49 @@ def _check(value: Any, where: str, prefix: str) -> None:
         raise UserError(f"{where}: {prefix} holds an interpolation, {value!r}; a stored config is resolved")
 
 
+def _advice(target: Any) -> str:
+    """Tell how to trust one's own package; nothing where the target can be nobody's own."""
+    package = own_package(target)
+    return f"; if {package} is your own code, say so with {TRUST}={package}" if package else ""
+
+
+def own_package(target: Any) -> str | None:
+    """Return the top package of a target that could be the user's own code: neither Python's, nor one of `ROOTS`."""
+    if not isinstance(target, str) or "." not in target:
+        return None
+    package = target.partition(".")[0]
+    known = {root.partition(".")[0] for root in ROOTS}
+    return package if package.isidentifier() and package not in {*sys.stdlib_module_names, *known} else None
+
+
+def needs_trust(value: Any) -> list[str]:
+    """Return the packages that must be trusted before what a config names may be built from a folder."""
+    if isinstance(value, Mapping):
+        package = own_package(value.get("_target_"))
+        return sorted({*([package] if package else []), *needs_trust(list(value.values()))})
+    return sorted({name for inner in value for name in needs_trust(inner)}) if isinstance(value, list) else []
+
+
+def _trusted() -> tuple[str, ...]:
+    """Return the prefixes of the targets that the user trusts."""
+    names = (name.strip(" .") for name in os.environ.get(TRUST, "").split(","))
+    return tuple(f"{name}." for name in names if name)
+
+
 def is_allowed(target: Any) -> bool:
     """Whether a stored config may name this target."""
-    if not isinstance(target, str) or not target.startswith(ROOTS):
+    trusted = _trusted()
+    if not isinstance(target, str) or not target.startswith(ROOTS + trusted):
         return False
     try:
         definition = resolve(target)
     except TargetNotFound:
         return False
-    if definition is None or definition.owner is not None:
+    if definition is None:
+        return False
+    if definition.path.startswith(trusted):
+        return target.startswith(trusted)
+    if definition.owner is not None:
         return False
     if definition.path.split(".")[0] != target.split(".")[0]:
         # through one of our modules into another package: nobody writes that by honest means

@@ -78,14 +78,17 @@ def build(config: Mapping[str, Any]) -> Parts:
 
     Raises:
         UserError: If the trainer cannot be made of what the machine has.
+        DataError: If the data are missing or damaged.
     """
     from diffusion_lab.loggers import hush_lightning
 
     hush_lightning()
-    with seeded("init", config["seed"]):
-        module = instantiate(config["method"], "method")
     data = instantiate(config["dataset"], "dataset")
     _compare_shapes(config, data)
+    # what is missing or damaged is said now, not after the trainer has started
+    data.setup("fit")
+    with seeded("init", config["seed"]):
+        module = instantiate(config["method"], "method")
     callbacks = [
         node for node in instantiate(config["callbacks"] or {}, "callbacks").values() if node is not None
     ]
@@ -169,15 +172,47 @@ def load_denoiser(folder: Path, ema: str | None = None) -> Loaded:
         UserError: If the folder, the weights or the average asked for are missing, or do not fit the config.
         RunError: If a checkpoint holds code.
     """
+    config, module, weights = _load(folder, ema, "denoiser")
+    return Loaded(module, config, weights.name, weights.images_seen, weights.sha256, weights.source)
+
+
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """A classifier of noisy images rebuilt from a run folder or an export; the fields are those of `Loaded`."""
+
+    classifier: nn.Module
+    config: dict[str, Any]
+    ema: str
+    images_seen: int
+    sha256: str
+    source: Path
+
+
+def load_classifier(folder: Path, ema: str | None = None) -> LoadedClassifier:
+    """Rebuild the classifier that a run of `method=noisy_classifier` trained. See `load_denoiser`."""
+    config, module, weights = _load(folder, ema, "classifier")
+    return LoadedClassifier(
+        module, config, weights.name, weights.images_seen, weights.sha256, weights.source
+    )
+
+
+def _load(folder: Path, ema: str | None, kind: str) -> tuple[dict[str, Any], Any, Any]:
+    """Return config, network and weights of a run that trained a `kind`: "denoiser" or "classifier"."""
     from diffusion_lab.app import export
 
     config = read_run(folder)
+    method = config.get("method") or {}
+    if kind not in method:
+        other = next((name for name in ("denoiser", "classifier") if name in method), None)
+        tail = f"; it trained a {other}" if other else ""
+        hint = f": guidance=classifier guidance.classifier.run={folder}" if other == "classifier" else ""
+        raise UserError(f"run={folder}: this run has no {kind}{tail}{hint}")
     weights = export.read_weights(folder, ema)
     with seeded("init", 0):
-        denoiser = instantiate(config["method"]["denoiser"], "method.denoiser")
-    _fill(denoiser, weights.tensors, folder)
-    denoiser.eval().requires_grad_(False)
-    return Loaded(denoiser, config, weights.name, weights.images_seen, weights.sha256, weights.source)
+        module = instantiate(method[kind], f"method.{kind}")
+    _fill(module, weights.tensors, folder)
+    module.eval().requires_grad_(False)
+    return config, module, weights
 
 
 def _fill(denoiser: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -204,11 +239,13 @@ def generation_of(config: Mapping[str, Any]) -> Generation:
 
 __all__ = [
     "Loaded",
+    "LoadedClassifier",
     "Parts",
     "build",
     "data_module",
     "generation_of",
     "instantiate",
+    "load_classifier",
     "load_denoiser",
     "plain",
     "seeded",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lab.app.allowlist import check_targets
-from diffusion_lab.app.errors import UserError, did_you_mean
+from diffusion_lab.app.errors import UserError, similar_folder
 
 FROM_RUN = "from_run"
 SAMPLING = ("schedule", "sampler", "grid", "guidance", "modifiers")
@@ -61,6 +61,12 @@ def _quote(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+def plain_override(override: str) -> str:
+    """Return an override without the quotes that we put around a run folder for Hydra."""
+    key, mark, value = override.partition("=")
+    return f"run={_unquote(value).replace(chr(92) + chr(39), chr(39))}" if mark and key == "run" else override
+
+
 def run_folders(value: str, *, multirun: bool) -> list[Path]:
     """Return the folders that `run=<value>` names; several, parted by commas, in a sweep."""
     whole = _unquote(value)
@@ -70,15 +76,24 @@ def run_folders(value: str, *, multirun: bool) -> list[Path]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read the `config.yaml` of a run or export folder as plain data.
+    """Read the `config.yaml` of a run or export folder, in order to build what it names.
 
     Raises:
         UserError: If the folder or the file is missing, unreadable, or names targets that are not allowed.
     """
+    config = read_unchecked(folder)
+    check_targets(config, str(folder / "config.yaml"))
+    return config
+
+
+def read_unchecked(folder: Path) -> dict[str, Any]:
+    """Read the `config.yaml` of a run or export folder as plain data, to compare it, or because we just wrote it.
+
+    Raises:
+        UserError: If the folder or the file is missing or unreadable.
+    """
     if not folder.is_dir():
-        beside = folder.parent.glob("*") if folder.parent.is_dir() else ()
-        names = [str(folder.parent / item.name) for item in beside if item.is_dir()]
-        raise UserError(f"run={folder}: no such folder{did_you_mean(str(folder), names, limit=0)}")
+        raise UserError(f"run={folder}: no such folder{similar_folder(folder)}")
     file = folder / "config.yaml"
     if not file.is_file():
         raise UserError(f"run={folder}: not a run folder or an export, it has no config.yaml")
@@ -93,7 +108,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: a mapping is needed, this is a {type(config).__name__}")
-    check_targets(config, str(file))
     return {str(key): value for key, value in config.items()}
 
 

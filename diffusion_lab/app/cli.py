@@ -9,15 +9,17 @@ Set DIFFUSION_LAB_TRACEBACK=1 to see the full trace of any error.
 
 from __future__ import annotations
 
+import gc
 import importlib
+import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffusion_lab.app.errors import UserError, one_line
 
@@ -29,17 +31,25 @@ TRACEBACK = "DIFFUSION_LAB_TRACEBACK"
 
 def train() -> None:
     """Run `train.py`: compose a config, check it, train."""
-    sys.exit(main("train", sys.argv[1:]))
+    _run("train")
 
 
 def sample() -> None:
     """Run `sample.py`: draw samples from a run folder or an export."""
-    sys.exit(main("sample", sys.argv[1:]))
+    _run("sample")
 
 
 def evaluate() -> None:
     """Run `evaluate.py`: score a run folder, an export or samples."""
-    sys.exit(main("evaluate", sys.argv[1:]))
+    _run("evaluate")
+
+
+def _run(app: str) -> NoReturn:
+    try:
+        sys.exit(main(app, sys.argv[1:]))
+    finally:
+        # spare Python's last search for cycles in all that torch has loaded: seconds, where time may be short
+        gc.freeze()
 
 
 def conf_folder() -> Path:
@@ -55,12 +65,30 @@ def conf_folder() -> Path:
     raise UserError(f"no conf/ folder in or beside {package}: the installation is incomplete")
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one job of a sweep has come to.
+
+    Attributes:
+        overrides: Its part of the command line, as typed.
+        config: Its config, in so far as it was composed.
+        returned: What the app returned.
+        failure: The one line that tells why it failed; None where it did not.
+    """
+
+    overrides: list[str]
+    config: DictConfig
+    returned: Any = None
+    failure: str | None = None
+
+
 @dataclass
 class Session:
     """What one command line has come to."""
 
     app: str
     folders: list[Path]
+    typed: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     injected: list[str] = field(default_factory=list)
     recorded: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +96,7 @@ class Session:
     error: Exception | None = None
     failed: int = 0
     jobs: int = 0
+    outcomes: list[Outcome] = field(default_factory=list)
 
 
 def main(app: str, argv: Sequence[str]) -> int:
@@ -79,7 +108,7 @@ def main(app: str, argv: Sequence[str]) -> int:
     """
     argv = list(argv)
     try:
-        session = Session(app, [conf_folder(), *_config_dirs(argv)])
+        session = Session(app, [conf_folder(), *_config_dirs(argv)], typed=argv)
     except UserError as error:
         return _report(error, str(error))
     if {"-h", "--help"} & set(argv):
@@ -91,6 +120,10 @@ def main(app: str, argv: Sequence[str]) -> int:
         argv = _prepare(session, argv)
         with _hydra_environment([_program(), *argv]):
             _compose_and_run(session)
+        if session.app != "train" and len(session.outcomes) > 1:
+            from diffusion_lab.app.compare import finish
+
+            finish(session)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
@@ -129,13 +162,16 @@ def _config_dirs(argv: Sequence[str]) -> list[Path]:
 def _prepare(session: Session, argv: list[str]) -> list[str]:
     """Complete the command line and check what can be checked before Hydra reads it."""
     from diffusion_lab.app.choices import complete, is_multirun, split_override
-    from diffusion_lab.app.messages import check_options
+    from diffusion_lab.app.messages import check_flags, check_options, check_resume
 
     session.multirun = is_multirun(argv)
     if {"-sc", "--shell-completion", "--shell_completion", "--hydra-help", "--version"} & set(argv):
         return argv
+    check_flags(argv, session.folders)
     check_options([item for item in argv if split_override(item) is not None], session.folders)
-    if session.app != "train":
+    if session.app == "train":
+        check_resume(argv)
+    else:
         completed = complete(session.app, argv)
         argv, session.recorded, session.injected = completed.argv, completed.recorded, completed.injected
     session.overrides = [argument for argument in argv if not argument.startswith("-")]
@@ -172,31 +208,49 @@ def _job(session: Session, cfg: DictConfig) -> Any:
 
     hydra_cfg = HydraConfig.get()
     session.jobs += 1
+    # jobs of other launchers run elsewhere: only what they raise is seen here
+    here = str(hydra_cfg.launcher._target_).endswith("BasicLauncher")
+    given = [item for item in _overrides(hydra_cfg) if item not in session.injected]
+    title = _title(session, hydra_cfg, given) if session.multirun else ""
+    if session.multirun and here:
+        print(title, flush=True)
     try:
-        return run_config(session, cfg)
+        returned = run_config(session, cfg)
+        if session.multirun and here:
+            session.outcomes.append(Outcome(given, cfg, returned))
+        return returned
     except Exception as error:
         if not session.multirun:
             session.error = error
             return None
-        swept = _swept_keys(session)
-        changed = " ".join(item for item in _overrides(hydra_cfg) if item.partition("=")[0] in swept)
         line = _line(session, error) or one_line(f"{type(error).__name__}: {error}")
         if os.environ.get(TRACEBACK) == "1":
             traceback.print_exception(error)
-        sys.stderr.write(f"job {hydra_cfg.job.num} ({changed}): {line}\n")
+        sys.stderr.write(f"{title}: {line}\n")
         session.failed += 1
-        if not str(hydra_cfg.launcher._target_).endswith("BasicLauncher"):
-            # jobs of other launchers run elsewhere: only what they raise is seen here
+        if not here:
             raise
+        session.outcomes.append(Outcome(given, cfg, failure=line))
         return float("nan")  # what a sweeper that optimises takes for a failed trial
 
 
-def _swept_keys(session: Session) -> set[str]:
-    """Return the keys that the command line gives several values."""
+def _title(session: Session, hydra_cfg: Any, given: Sequence[str]) -> str:
+    """Return what a job of a sweep is called: its number, how many there are, and the values that vary."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parsed = OverridesParser.create().parse_overrides(session.overrides)
-    return {override.get_key_element() for override in parsed if override.is_sweep_override()}
+    from diffusion_lab.app.choices import plain_override
+
+    own = [f"{key}={value}" for key, value in (hydra_cfg.sweeper.get("params") or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*own, *session.overrides])
+    swept = {item.get_key_element(): item for item in parsed if item.is_sweep_override()}
+    changed = " ".join(plain_override(item) for item in given if item.partition("=")[0] in swept)
+    try:
+        basic = str(hydra_cfg.sweeper._target_).endswith("BasicSweeper")
+        total = math.prod(len(list(item.sweep_string_iterator())) for item in swept.values()) if basic else 0
+    except Exception:  # a glob, whose matches are not known here
+        total = 0
+    of = f" of {total}" if total else ""
+    return f"job {int(hydra_cfg.job.num) + 1}{of}" + (f" ({changed})" if changed else "")
 
 
 def _overrides(hydra_cfg: Any) -> list[str]:
@@ -225,13 +279,20 @@ def run_config(session: Session, cfg: DictConfig) -> Any:
     }
     with open_dict(cfg):
         cfg.choices = choices
-        cfg.overrides = [item for item in _overrides(hydra_cfg) if item not in session.injected]
+        own = [f"--config-dir={folder}" for folder in session.folders[1:]]
+        cfg.overrides = [*own, *(item for item in _overrides(hydra_cfg) if item not in session.injected)]
         if session.app == "train" and cfg.get("name") is None:
-            experiment = choices.get("experiment")
-            cfg.name = experiment if isinstance(experiment, str) and experiment != "null" else "unnamed"
+            cfg.name = _name(choices)
     drop_absent_parts(cfg, options(session.folders), cfg.overrides)
     validate(cfg, SCHEMAS[session.app])
     return importlib.import_module(f"diffusion_lab.app.{session.app}").run(cfg)
+
+
+def _name(choices: Mapping[str, Any]) -> str:
+    """Return the name of a run that was not given one: the experiment's, below debug/ where it is only a trial."""
+    experiment, debug = choices.get("experiment"), choices.get("debug")
+    name = experiment if isinstance(experiment, str) and experiment != "null" else "unnamed"
+    return f"debug/{name}" if debug not in (None, "null", "none") else name
 
 
 def _known_keys(session: Session) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from diffusion_lab.app import record
+from diffusion_lab.app.allowlist import TRUST, needs_trust
 from diffusion_lab.app.run import RunFolder
 
 
@@ -44,6 +46,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def newest(rows: Sequence[Mapping[str, float]], name: str) -> float | None:
     """Return the last value of one metric, or None."""
     return next((row[name] for row in reversed(rows) if name in row), None)
+
+
+def shown(path: Path | str, typed: Path | str) -> str:
+    """Return a path as the user would type it: relative to here where what he typed was relative."""
+    return str(path) if Path(typed).is_absolute() else os.path.relpath(path)
 
 
 def facts_table(facts: Sequence[tuple[str, str]], title: str) -> Table:
@@ -78,11 +85,14 @@ def summary(folder: RunFolder, config: Mapping[str, Any], exported: Sequence[Pat
         facts.append(("loss", f"{loss:.4f}"))
     if exported:
         facts.append(("weights", ", ".join(str(path) for path in exported)))
-        facts.append(("sample", f"python sample.py run={folder.path}"))
+        own = needs_trust(dict(config))
+        trust = f"{TRUST}={','.join(own)} " if own else ""
+        facts.append(("sample", f"{trust}python sample.py run={folder.path}"))
     else:
         facts.append(("weights", "none kept: the callback `checkpoints` was left out"))
     facts.append(("report", str(report)))
-    return facts_table(facts, f"{config['name']}: done")
+    limit = sessions[-1].get("stopped_by") if sessions else None
+    return facts_table(facts, f"{config['name']}: {f'stopped by {limit}' if limit else 'done'}")
 
 
 class Ticker:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -37,6 +38,22 @@ def did_you_mean(word: str, options: Iterable[str], *, limit: int = 12) -> str:
         return ""
     shown = ", ".join(options[:limit]) + (", ..." if len(options) > limit else "")
     return f"; there are: {shown}"
+
+
+def similar_folder(path: Path) -> str:
+    """Return the tail of an error message that names the folder `path` was probably meant to be, else nothing."""
+    here = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        if (here / part).exists():
+            here /= part
+            continue
+        guess = (
+            nearest(part, (item.name for item in here.iterdir() if item.is_dir())) if here.is_dir() else None
+        )
+        if guess is None:
+            return ""
+        here /= guess
+    return f"; did you mean '{here}'?"
 
 
 def one_line(text: str) -> str:

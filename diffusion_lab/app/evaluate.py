@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,69 @@ from rich.table import Table
 from diffusion_lab.app import record
 from diffusion_lab.app.build import data_module, instantiate, load_denoiser, plain
 from diffusion_lab.app.choices import read_run
-from diffusion_lab.app.display import show
+from diffusion_lab.app.display import show, shown
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.job import device_of, from_config
 from diffusion_lab.app.run import RunFolder, write_atomically
 from diffusion_lab.app.sample import default_out, draw, find_done
-from diffusion_lab.metrics.protocol import Record, Source
+from diffusion_lab.metrics.features import FeatureExtractor
+from diffusion_lab.metrics.protocol import ALL_LABELS, UNKNOWN, Record, Source
 from diffusion_lab.metrics.quality import evaluate_images
 
 CACHE = "statistics"
 
 
-def run(cfg: DictConfig) -> list[Record]:
+@dataclass(frozen=True)
+class Samples:
+    """Samples that exist.
+
+    Attributes:
+        images: `(N, C, H, W)` uint8, or points.
+        labels: `(N,)`, or None.
+        source: Where they come from.
+        where: Their folder, or the file.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    source: Source
+    where: Path
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the samples of one run are measured with.
+
+    Attributes:
+        extractor: The features.
+        reference: Real images to compare with: the test split.
+        reference_labels: Their classes, or None.
+        real: Real training images, for the floor.
+        real_labels: Their classes, or None.
+        device: Where to compute.
+    """
+
+    extractor: FeatureExtractor
+    reference: torch.Tensor
+    reference_labels: torch.Tensor | None
+    real: torch.Tensor
+    real_labels: torch.Tensor | None
+    device: str
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an evaluation came to: the samples' folder or file, and the records, the Fréchet distance first."""
+
+    where: Path
+    records: list[Record]
+
+
+def run(cfg: DictConfig) -> Scored:
     """Score what a composed and checked config asks for.
 
     Args:
         cfg: The config of `conf/evaluate.yaml`.
-
-    Returns:
-        The records, the Fréchet distance first.
 
     Raises:
         UserError: If the run, the samples or the data are missing or do not fit.
@@ -47,40 +92,62 @@ def run(cfg: DictConfig) -> list[Record]:
     config = plain(cfg)
     folder = Path(config["run"]).resolve()
     trained = read_run(folder)
-    data = data_module(trained)
-    reference, reference_labels = data.test_images()
-    real, _ = data.train_images()
+    judge = yardstick(trained, config["metrics"], device_of(config["device"]))
     if config["num_samples"] is None:
-        config["num_samples"] = len(real)
-    images, labels, source, where = _samples(config, folder)
-    extractor = instantiate(config["metrics"], "metrics")
-    device = device_of(config["device"])
-    try:
-        records = evaluate_images(
-            images,
-            labels if labels is not None and bool((labels >= 0).any()) else None,
-            reference,
-            extractor,
-            reference_labels=reference_labels,
-            reference_name="test",
-            real_images=real,
-            source=source,
-            cache=_cache_folder(),
-            device=device,
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"these samples cannot be scored: {error}") from error
-    told = _write(records, config, folder, trained, where)
+        config["num_samples"] = len(judge.real)
+    samples = _samples(config, folder)
+    records = score(samples, judge)
+    told = _write(records, config, folder, trained, samples.where)
     show(table([told]))
     for item in records:
         if item.deviations:
             print(f"{item.label}: not by the protocol {item.protocol.name}: {'; '.join(item.deviations)}")
-    print(f"metrics {told['file']}")
+    typed = config["out"] or config["run"]
+    print(f"metrics {shown(told['file'], typed)}")
     if config["out"] is None and (folder / "checkpoints").is_dir():
         from diffusion_lab.app.report import write_report
 
-        print(f"report  {write_report(RunFolder(folder))}")
-    return records
+        print(f"report  {shown(write_report(RunFolder(folder)), typed)}")
+    return Scored(samples.where, records)
+
+
+def yardstick(trained: Mapping[str, Any], metrics: Mapping[str, Any], device: str) -> Yardstick:
+    """Read the real images of a run's data set, and build the extractor.
+
+    Args:
+        trained: The run's config.
+        metrics: The config of the extractor.
+        device: "cpu" or "cuda".
+    """
+    extractor = instantiate(metrics, "metrics")
+    data = data_module(trained)
+    reference, reference_labels = data.test_images()
+    real, real_labels = data.train_images()
+    return Yardstick(extractor, reference, reference_labels, real, real_labels, device)
+
+
+def score(samples: Samples, judge: Yardstick) -> list[Record]:
+    """Measure samples: the Fréchet distance to the test split with its floor, then the accuracy where there is one.
+
+    Raises:
+        UserError: If the samples do not fit the data, or are too few.
+    """
+    labels = samples.labels
+    try:
+        return evaluate_images(
+            samples.images,
+            labels if labels is not None and bool((labels >= 0).any()) else None,
+            judge.reference,
+            judge.extractor,
+            reference_labels=judge.reference_labels,
+            reference_name="test",
+            real_images=judge.real,
+            source=samples.source,
+            cache=_cache_folder(),
+            device=judge.device,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"these samples cannot be scored: {error}") from error
 
 
 def _cache_folder() -> Path:
@@ -89,23 +156,30 @@ def _cache_folder() -> Path:
     return Path(home) / "diffusion_lab" / CACHE
 
 
-def _samples(config: dict[str, Any], folder: Path) -> tuple[torch.Tensor, torch.Tensor | None, Source, Path]:
-    """Return images `(N, C, H, W)` uint8 (or points), labels, where they come from, and their folder or file."""
+def _samples(config: Mapping[str, Any], folder: Path) -> Samples:
+    """Return the samples that a config names, drawn now where they are not there yet."""
     if config["samples"] is not None:
-        return _given(Path(config["samples"]))
+        return read_samples(Path(config["samples"]))
     loaded = load_denoiser(folder, config["ema"])
     job = from_config({**config, "run": str(folder)}, loaded)
     earlier, out = find_done(job, folder), default_out(folder, job, loaded)
     if earlier is not None and record.read(earlier / "record.json")["num_samples"] == job.num_samples:
         print(f"scoring the samples in {earlier}")
-        return _given(earlier)
+        return read_samples(earlier)
     command = record.command("evaluate", config.get("overrides") or [])
     draw(job, loaded, out, devices=int(config["devices"]), command=command, earlier=earlier)
-    return _given(out)
+    return read_samples(out)
 
 
-def _given(path: Path) -> tuple[torch.Tensor, torch.Tensor | None, Source, Path]:
-    """Read samples that exist: a folder of sample.py, or an .npz with `images` and perhaps `labels`."""
+def read_samples(path: Path) -> Samples:
+    """Read samples that exist.
+
+    Args:
+        path: A folder of sample.py, or an .npz with `images` and perhaps `labels`.
+
+    Raises:
+        UserError: If there are none, or they are not stored as sample.py stores them.
+    """
     file = path / "samples.npz" if path.is_dir() else path
     if not file.is_file():
         unfinished = " (an unfinished job is there)" if (path / "parts").is_dir() else ""
@@ -126,7 +200,7 @@ def _given(path: Path) -> tuple[torch.Tensor, torch.Tensor | None, Source, Path]
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{file}: {len(images)} images have {len(labels)} labels")
     told = record.read(file.parent / "record.json")
-    return images, labels, _source(told), path
+    return Samples(images, labels, _source(told), path)
 
 
 def _source(told: Mapping[str, Any]) -> Source:
@@ -139,7 +213,17 @@ def _source(told: Mapping[str, Any]) -> Source:
         grid=str(told["grid"]),
         guidance=" + ".join([str(told["guidance"]), *told.get("modifiers", [])]),
         nfe=told["nfe"],
+        labels=_labels(told),
     )
+
+
+def _labels(told: Mapping[str, Any]) -> str:
+    """Return which classes were drawn, from the record of samples."""
+    settings = told.get("settings") or {}
+    count, labels = int(settings.get("num_classes") or 0), settings.get("labels")
+    if count == 0:
+        return UNKNOWN
+    return ALL_LABELS if labels is None or set(labels) == set(range(count)) else str(labels)
 
 
 def _write(

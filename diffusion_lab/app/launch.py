@@ -135,10 +135,13 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
         key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC_"))
     }
     # each of two processes that take every core is slower than one
+    paths = [path for path in (sys.path[0], inherited.get("PYTHONPATH")) if path]
     threads = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // world)
     return {
         "OMP_NUM_THREADS": str(threads),
         **inherited,
+        # what the command's own folder offers for import, they must find too
+        "PYTHONPATH": os.pathsep.join(paths),
         OWN: str(os.getpid()),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

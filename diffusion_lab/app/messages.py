@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from diffusion_lab.app.choices import FROM_RUN
-from diffusion_lab.app.errors import UserError, did_you_mean, nearest, one_line
+from diffusion_lab.app.errors import UserError, did_you_mean, nearest, one_line, similar_folder
 from diffusion_lab.app.help import options
 
 Keys = Callable[[], list[str]]
@@ -32,6 +33,63 @@ def check_options(arguments: Sequence[str], folders: Sequence[Path]) -> None:
             word = word.strip().removesuffix(".yaml")
             if word and word not in (*names, FROM_RUN, "null"):
                 raise UserError(f"{argument}: {_no_option(group, word, names)}")
+
+
+def check_flags(arguments: Sequence[str], folders: Sequence[Path]) -> None:
+    """Check everything that begins with a dash against the options Hydra has, spelt out in full.
+
+    Hydra's parser takes any beginning of an option, so `--experiment=x` would mean its `--experimental-rerun=x`.
+
+    Raises:
+        UserError: If an option does not exist, or lacks its value.
+    """
+    if not any(argument.startswith("-") for argument in arguments):
+        return
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    actions = parser._option_string_actions
+    rest = iter([*arguments, ""])
+    for argument in rest:
+        name, mark, _ = argument.partition("=")
+        if not argument.startswith("-"):
+            continue
+        if name in actions and not (mark and actions[name].nargs == 0):
+            if not mark and actions[name].nargs is None:
+                next(rest, None)
+            continue
+        word = argument.lstrip("-")
+        if not mark and word in options(folders):
+            following = next(rest)
+            word = f"{word}={following or '<option>'}"
+            mark = "="
+        if mark:
+            raise UserError(f"{argument}: settings have no dashes; did you mean {word}?")
+        known = [option for option in actions if option.startswith("--")]
+        raise UserError(
+            f"{argument}: no such option{did_you_mean(argument, known, limit=0) or '; see --help'}"
+        )
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(list(arguments))
+
+
+def check_resume(arguments: Sequence[str]) -> None:
+    """Check `resume=` before anything heavy is imported.
+
+    Raises:
+        UserError: If it names neither a folder nor `auto`.
+    """
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        value = value.strip("'\"")
+        if key == "resume" and value not in ("auto", "null", "") and "," not in value and "$" not in value:
+            if not Path(value).is_dir():
+                tail = similar_folder(Path(value)) or did_you_mean(value, ["auto"], limit=0)
+                raise UserError(f"{argument}: no such folder{tail}")
 
 
 def _no_option(group: str, option: str, names: Sequence[str]) -> str:

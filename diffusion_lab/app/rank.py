@@ -5,6 +5,7 @@ Started by `launch.py`, never by hand. What to do stands in files, so all ranks 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -46,4 +47,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    gc.freeze()  # see `cli._run`
+    sys.exit(code)

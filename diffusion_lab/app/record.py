@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from diffusion_lab.app.allowlist import TRUST
+from diffusion_lab.app.choices import plain_override
 from diffusion_lab.app.run import write_atomically
 
 PACKAGES = (
@@ -93,7 +95,9 @@ def _cpu_name() -> str:
 
 def command(app: str, overrides: Sequence[str]) -> str:
     """Return the command line that asks for this job, ready for a shell."""
-    return shlex.join(["python", f"{app}.py", *overrides])
+    trust = os.environ.get(TRUST, "") if app != "train" else ""
+    words = shlex.join(["python", f"{app}.py", *map(plain_override, overrides)])
+    return f"{TRUST}={shlex.quote(trust)} {words}" if trust else words
 
 
 def now() -> str:
@@ -151,7 +155,7 @@ def finish(path: Path, status: str, facts: Mapping[str, Any] | None = None) -> N
 
     Args:
         path: The record.json.
-        status: "finished", "preempted", "interrupted" or "failed".
+        status: "finished", "stopped" (by a limit of the trainer), "preempted", "interrupted" or "failed".
         facts: What the session came to.
     """
     record = read(path)

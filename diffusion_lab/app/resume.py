@@ -3,6 +3,8 @@
 `resume=auto` looks for the newest run of the same experiment with the same identity (see `run.py`), so the same
 command line can be sent again and again, as schedulers do, and always continues. `resume=<folder>` names the run;
 its identity must agree, for a trajectory that changes its settings halfway is not reproducible by any config.
+
+Stored configs are only compared here, never built: what is trained is the config of the command line.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.choices import read_unchecked
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.run import RunFolder, create, difference, identity, list_runs
 
@@ -63,7 +65,7 @@ def decide(config: Mapping[str, Any], tell: Tell = print) -> Start:
         if run_id is not None and folder.path.name != run_id:
             continue
         try:
-            same = identity(read_run(folder.path)) == own
+            same = identity(read_unchecked(folder.path)) == own
         except UserError as error:
             tell(f"passed over: {error}")
             continue
@@ -75,7 +77,7 @@ def decide(config: Mapping[str, Any], tell: Tell = print) -> Start:
 
 def _read(folder: RunFolder) -> dict[str, Any]:
     try:
-        return read_run(folder.path)
+        return read_unchecked(folder.path)
     except UserError as error:
         raise UserError(str(error).replace("run=", "resume=", 1)) from None
 

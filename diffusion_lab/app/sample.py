@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from diffusion_lab.app import launch, parts, record
 from diffusion_lab.app.build import Loaded, generation_of, load_denoiser, plain
-from diffusion_lab.app.display import Ticker, facts_table, show
+from diffusion_lab.app.display import Ticker, facts_table, show, shown
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.fit import describe_part
 from diffusion_lab.app.job import STRIDE, Job, from_config, read_job
@@ -52,6 +52,7 @@ def run(cfg: DictConfig) -> Path:
     job = from_config({**config, "run": str(folder)}, loaded)
     out = Path(config["out"]) if config["out"] else default_out(folder, job, loaded)
     command = record.command("sample", config.get("overrides") or [])
+    typed = config["out"] or config["run"]
     facts = draw(job, loaded, out, devices=int(config["devices"]), command=command)
     seconds = facts.get("seconds")
     table = [
@@ -60,12 +61,15 @@ def run(cfg: DictConfig) -> Path:
             f"{job.num_samples:,} from {config['run']}, weights {loaded.ema} at {loaded.images_seen:,} images",
         ),
         ("sampler", f"{facts['sampler']}, {facts['nfe']} evaluations of the network each"),
+        ("grid", f"{facts['grid']}"),
+        ("guidance", " + ".join([str(facts["guidance"]), *facts.get("modifiers", [])])),
+        ("seed", str(job.seed)),
         (
             "speed",
             f"{facts['made'] / seconds:,.1f} samples/s" if seconds and facts["made"] else "made before",
         ),
-        ("grid", str(out / "grid.png")),
-        ("images", str(out / "samples.npz")),
+        ("picture", shown(out / "grid.png", typed)),
+        ("images", shown(out / "samples.npz", typed)),
     ]
     show(facts_table(table, "sampled"))
     return out
@@ -153,10 +157,11 @@ def draw(
             parts.make(job, loaded, todo, folder, on_part=lambda part: ticker.update(ticker.done + len(part)))
     finally:
         ticker.close()
-    facts = _facts(job, loaded, command)
-    facts["seconds"] = round(time.perf_counter() - began, 3)
+    # the seconds are those of what was made now, not of what an earlier job left
+    seconds = round(time.perf_counter() - began, 3)
+    facts = {**_facts(job, loaded, command), "seconds": seconds, "made": left}
     _finish(job, folder, out, facts)
-    return {**facts, "made": left}
+    return facts
 
 
 def _check_begun(job: Job, folder: Path) -> None:

@@ -82,10 +82,18 @@ def find_module(name: str) -> Module | None:
         spec = importlib.util.find_spec(head)
     except (ImportError, ValueError):
         return None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+    if spec is None:
         return None
-    file = Path(spec.origin)
-    folder = file.parent if file.name == "__init__.py" else None
+    places = [Path(place) for place in spec.submodule_search_locations or ()]
+    if spec.origin is None and len(places) == 1 and places[0].is_dir():
+        # a folder without __init__.py
+        folder: Path | None = places[0]
+        file = places[0] / "__init__.py"
+    elif spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    else:
+        file = Path(spec.origin)
+        folder = file.parent if file.name == "__init__.py" else None
     for part in rest:
         if folder is None:
             return None
@@ -94,6 +102,9 @@ def find_module(name: str) -> Module | None:
             file = folder / "__init__.py"
         elif (folder / f"{part}.py").is_file():
             file, folder = folder / f"{part}.py", None
+        elif (folder / part).is_dir():
+            folder = folder / part
+            file = folder / "__init__.py"
         else:
             return None
     return Module(name, file, folder)
@@ -101,7 +112,8 @@ def find_module(name: str) -> Module | None:
 
 @cache
 def _tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+    # a folder without __init__.py is a package too
+    return ast.parse(file.read_text(encoding="utf-8") if file.is_file() else "")
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

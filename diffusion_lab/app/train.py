@@ -25,7 +25,7 @@ from diffusion_lab.app import launch, record, resume
 from diffusion_lab.app.build import build, plain
 from diffusion_lab.app.display import show, summary
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.run import RunFolder, claimed, discard, identity, write_atomically
+from diffusion_lab.app.run import RunFolder, claimed, discard, identity, point_latest, write_atomically
 
 
 def run(cfg: DictConfig) -> Path:
@@ -70,12 +70,13 @@ def run(cfg: DictConfig) -> Path:
 
 
 def _settle(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
-    """Fill in where the run lives, and write the config that will be trained."""
+    """Fill in where the run lives, write the config that will be trained, and let `latest` lead there."""
     with open_dict(cfg):
         cfg.run_id = folder.path.name
         cfg.paths.run = str(folder.path)
         cfg.resume = None
     config = plain(cfg)
+    point_latest(folder.path)
     write_atomically(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
     return config
 
@@ -93,6 +94,8 @@ def _open_record(start: resume.Start, config: Mapping[str, Any]) -> None:
         },
     )
     if start.checkpoint is None:
+        if (config.get("choices") or {}).get("debug") in (None, "none"):
+            _tell_defaults(config)
         print(f"run {start.folder.path}", flush=True)
     else:
         print(f"run {start.folder.path} goes on at {start.images_seen:,} images", flush=True)
@@ -110,6 +113,15 @@ def _in_ranks(start: resume.Start, world: int) -> None:
         if record.read(start.folder.record).get("status") == "running":
             record.finish(start.folder.record, "preempted")
         _stop(interrupted=ended.signal == signal.SIGINT)
+
+
+def _tell_defaults(config: Mapping[str, Any]) -> None:
+    """Say what a bare command trains: nobody means it for the length it has."""
+    given = {word.lstrip("+").partition("=")[0] for word in config.get("overrides") or []}
+    choices = config.get("choices") or {}
+    if choices.get("experiment") is None and not given & {"experiment", "max_images"}:
+        what = f"{choices.get('model')} on {choices.get('dataset')} for {config['max_images']:,} images"
+        print(f"no experiment was chosen: the defaults train {what}; try experiment=digits/quickstart")
 
 
 def _stop(*, interrupted: bool) -> None:
@@ -183,18 +195,17 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
 
     The first process closes the record. See `run` for what is raised.
     """
-    from diffusion_lab.app.choices import read_run
+    from diffusion_lab.app.choices import read_unchecked
     from diffusion_lab.callbacks import was_preempted
     from diffusion_lab.loggers import close_loggers
 
-    config = read_run(folder.path)
+    # this very job composed it from the user's command line, so it may name his own classes
+    config = read_unchecked(folder.path)
     first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     parts, pressed, ready = None, list[int](), False
     began = time.perf_counter()
     try:
         parts = build(config)
-        # what is missing or damaged is said now, not after the trainer has started
-        parts.data.setup("fit")
         ready = True
         if first:
             for logger in parts.loggers:
@@ -204,7 +215,7 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
         status = "preempted" if was_preempted(parts.callbacks) else "finished"
     except BaseException as error:
         if first and not ready and checkpoint is None and launch.OWN not in os.environ:
-            discard(folder)
+            discard(folder, config["name"])
         elif first:
             kind = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
             seen = int(getattr(parts.module, "images_seen", 0)) if parts is not None else 0
@@ -223,6 +234,8 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
             "device": _device(parts.trainer),
             "parameters": sum(p.numel() for p in parts.module.parameters()),
         }
+        if status == "finished" and seen < config["max_images"]:
+            status, facts["stopped_by"] = "stopped", _limit(parts.trainer)
         record.finish(folder.record, status, facts)
     if status == "preempted":
         if first:
@@ -231,6 +244,17 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
             )
         if launch.OWN not in os.environ:
             _stop(interrupted=bool(pressed))
+
+
+def _limit(trainer: Any) -> str:
+    """Return which of the trainer's own limits ended a run before `max_images`."""
+    if trainer.fast_dev_run:
+        return "trainer.fast_dev_run"
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return "trainer.max_steps"
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
+        return "trainer.max_epochs"
+    return "the trainer"
 
 
 def _device(trainer: Any) -> str:

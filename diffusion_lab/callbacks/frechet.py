@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.callbacks.base import StepCallback, check_interval, due, paused, sum_over_ranks
+from diffusion_lab.callbacks.preemption import was_preempted
 from diffusion_lab.callbacks.sampling import condition, evaluating, labels_for, pick, share
 from diffusion_lab.images import to_uint8
 from diffusion_lab.loggers import log_metrics
@@ -84,8 +85,12 @@ class FrechetDuringTraining(StepCallback):
             self.measure(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the end, unless it was just measured or nothing was trained."""
-        if isinstance(pl_module, DiffusionModule) and pl_module.stepped:
+        """Measure the end, unless it was just measured or nothing was trained.
+
+        A run that a signal ends is not at its end, and has no time.
+        """
+        preempted = was_preempted(trainer.callbacks)  # type: ignore[attr-defined]
+        if isinstance(pl_module, DiffusionModule) and pl_module.stepped and not preempted:
             self.measure(trainer, pl_module)
 
     def measure(self, trainer: pl.Trainer, module: DiffusionModule) -> float:

@@ -24,6 +24,9 @@ class GradientNorm(StepCallback):
         every_images: Interval between logged values.
         clip: Largest norm let through; None clips nothing. Leave Lightning's `gradient_clip_val` unset then.
 
+    Attributes:
+        loss: Loss of the newest step, the mean over all processes, on the device; None before the first.
+
     Raises:
         ValueError: If `every_images` or `clip` is not positive.
     """
@@ -35,6 +38,7 @@ class GradientNorm(StepCallback):
             raise ValueError(f"GradientNorm needs clip > 0, got {clip}")
         self.every_images = every_images
         self.clip = clip
+        self.loss: Tensor | None = None
         self._norm: Tensor | None = None
 
     @torch.no_grad()
@@ -49,6 +53,7 @@ class GradientNorm(StepCallback):
         ]
         norm = torch.nn.utils.get_total_norm(gradients).float()
         loss = sum_over_ranks(pl_module.step_loss().float())
+        self.loss = loss / trainer.world_size
         # a float16 loss scaler expects infinite gradients now and then, and skips those steps itself
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         pl_module.guard.push(

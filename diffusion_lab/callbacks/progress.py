@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from diffusion_lab.callbacks.base import StepCallback
+from diffusion_lab.callbacks.gradient_norm import GradientNorm
 from diffusion_lab.callbacks.stop import StopAtImages
 from diffusion_lab.modules.diffusion import DiffusionModule
 
@@ -23,6 +24,9 @@ def clock(seconds: float) -> str:
 
 class Progress(StepCallback):
     """Shows how far the run is. The loss is read from the device only when it is shown.
+
+    With several processes it is the mean over them, which `GradientNorm` has at hand: the processes look at their own
+    clocks, so none may ask the others here. Without that callback it is the first process's, and says so.
 
     Args:
         refresh_s: Seconds between updates of the bar on a terminal.
@@ -76,12 +80,12 @@ class Progress(StepCallback):
             return
         now = time.perf_counter()
         if now - self._shown_at >= self._interval:
-            self._show(module, now)
+            self._show(trainer, module, now)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the end."""
         if trainer.is_global_zero and isinstance(pl_module, DiffusionModule) and pl_module.terms:
-            self._show(pl_module, time.perf_counter())
+            self._show(trainer, pl_module, time.perf_counter())
         self._close()
 
     def on_exception(
@@ -95,7 +99,18 @@ class Progress(StepCallback):
             self._bar.stop()
             self._bar = None
 
-    def _show(self, module: DiffusionModule, now: float) -> None:
+    @staticmethod
+    def _loss(trainer: pl.Trainer, module: DiffusionModule) -> tuple[float, str]:
+        """Return the loss of the newest step, and what to call it."""
+        if trainer.world_size == 1:
+            return float(module.step_loss()), "loss"
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        norm = next((c for c in callbacks if isinstance(c, GradientNorm)), None)
+        if norm is None or norm.loss is None:
+            return float(module.step_loss()), "loss of process 0"
+        return float(norm.loss), "loss"
+
+    def _show(self, trainer: pl.Trainer, module: DiffusionModule, now: float) -> None:
         start, images, paused_s = self._window
         seconds = now - start - (module.paused_s - paused_s)
         if seconds > 0.0 and module.images_seen > images:
@@ -104,7 +119,8 @@ class Progress(StepCallback):
             self._speed = speed if self._speed == 0.0 else 0.7 * self._speed + 0.3 * speed
             self._window = (now, module.images_seen, module.paused_s)
         self._shown_at = now
-        text = self.line(module.images_seen, float(module.step_loss()), self._speed, self._end)
+        loss, name = self._loss(trainer, module)
+        text = self.line(module.images_seen, loss, self._speed, self._end, name)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=module.images_seen, text=text)
             self._bar.refresh()
@@ -112,8 +128,8 @@ class Progress(StepCallback):
             print(f"training  {text}", flush=True)
 
     @staticmethod
-    def line(images_seen: int, loss: float, images_per_s: float, end: int | None) -> str:
+    def line(images_seen: int, loss: float, images_per_s: float, end: int | None, name: str = "loss") -> str:
         """Compose the text: images, loss, speed, time left."""
         of = f" / {end:,} ({images_seen / end:.0%})" if end else ""
         left = f"  {clock((end - images_seen) / images_per_s)} left" if end and images_per_s > 0.0 else ""
-        return f"{images_seen:,}{of} images  loss {loss:.4f}  {images_per_s:,.0f} images/s{left}"
+        return f"{images_seen:,}{of} images  {name} {loss:.4f}  {images_per_s:,.0f} images/s{left}"

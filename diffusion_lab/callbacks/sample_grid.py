@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffusion_lab.callbacks.base import StepCallback, check_interval, due, paused
 from diffusion_lab.callbacks.pictures import scatter, tile
+from diffusion_lab.callbacks.preemption import was_preempted
 from diffusion_lab.callbacks.sampling import (
     condition,
     evaluating,
@@ -83,8 +84,12 @@ class SampleGrid(StepCallback):
             self.draw(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the end, unless it was just drawn or nothing was trained."""
-        if isinstance(pl_module, DiffusionModule) and pl_module.stepped:
+        """Draw the end, unless it was just drawn or nothing was trained.
+
+        A run that a signal ends is not at its end, and has no time.
+        """
+        preempted = was_preempted(trainer.callbacks)  # type: ignore[attr-defined]
+        if isinstance(pl_module, DiffusionModule) and pl_module.stepped and not preempted:
             self.draw(trainer, pl_module)
 
     def draw(self, trainer: pl.Trainer, module: DiffusionModule) -> None:

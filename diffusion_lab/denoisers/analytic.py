@@ -51,8 +51,10 @@ class GaussianDenoiser:
             self._variances = covariance.expand(mean.shape).reshape(n)
         elif covariance.shape == (n, n):
             self._variances, self._basis = torch.linalg.eigh(covariance)
-            # eigh of a singular matrix returns tiny negatives
-            self._variances = torch.where(self._variances.abs() < 1e-12 * n, 0.0, self._variances)
+            # eigh of a singular matrix returns tiny negatives, tiny beside the largest eigenvalue
+            size = self._variances.abs()
+            rounding = n * torch.finfo(size.dtype).eps * size.max()
+            self._variances = torch.where(size <= rounding, 0.0, self._variances)
         else:
             raise ValueError(
                 f"covariance of shape {tuple(covariance.shape)} fits a mean of shape {tuple(mean.shape)} neither as a "

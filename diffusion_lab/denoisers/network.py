@@ -5,8 +5,10 @@ The network sees c_in x, scaled to unit variance for data of standard deviation 
     F = network(c_in x, logsnr, cond),    c_in = 1 / sqrt(alpha^2 sigma_data^2 + sigma^2),
     x0_hat = (sigma F - b x) / (sigma a - b alpha)          (see `prediction.py`).
 
-Because it is told logsnr and never a "timestep", its schedule may be changed after training, and because c_in x is the
-same in every interpolant (x scales with alpha), so may its interpolant.
+Because it is told logsnr and never a "timestep", its schedule may be changed after training. So may its interpolant:
+c_in x is the same in all of them (they are one process up to the length of x), and x0_hat depends on nothing but
+c_in x, F and logsnr. The score is the exception: -eps / sigma is a number of its process, so a network of that type
+stays with the interpolant it was trained in.
 
 The network may run in lower precision under autocast; the coefficients and x0_hat are float32 or better.
 """

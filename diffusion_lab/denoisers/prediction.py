@@ -13,10 +13,14 @@ so a loss is computed where it is well conditioned (F) and weighted in the unit 
 
     X0         a = 1                    b = 0
     Eps        a = 0                    b = 1
-    V          a = -sigma               b = alpha               (v = alpha eps - sigma x0)
+    V          a = -sigma / n           b = alpha / n           (v, n = sqrt(alpha^2 + sigma^2))
     Velocity   a = -1                   b = 1                   (d x / d s of rectified flow, s from data to noise)
     Score      a = 0                    b = -1 / sigma          (grad log q(x | x0))
     EDM        a = (1 - c_skip) / c_out b = -c_skip s / c_out   (s = sigma / alpha)
+
+v = alpha eps - sigma x0 belongs to the variance-preserving process, where n = 1. Divided by n it depends on log-SNR
+alone, so the target is the same number in every interpolant; so are all the others but the score, whose unit is that of
+1 / x.
 
 EDM's preconditioning is D = c_skip y + c_out F for y = x / alpha = x0 + s eps, with c_skip = d^2 / (s^2 + d^2),
 c_out = s d / sqrt(s^2 + d^2) and d = sigma_data. Solving for F gives the row above, for any interpolant.
@@ -67,11 +71,12 @@ class Eps:
 
 @dataclass(frozen=True, kw_only=True)
 class V:
-    """The network predicts v = alpha eps - sigma x0: well conditioned at both ends."""
+    """The network predicts the variance-preserving process's v = alpha eps - sigma x0: good at both ends."""
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """See `Prediction`."""
-        return -sigma, alpha
+        norm = torch.sqrt(alpha**2 + sigma**2)
+        return -sigma / norm, alpha / norm
 
 
 @dataclass(frozen=True, kw_only=True)

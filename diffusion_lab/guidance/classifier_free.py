@@ -22,7 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusion_lab.process.broadcast import broadcast_right
+from diffusion_lab.guidance.branches import answers, is_conditional, unconditional
+from diffusion_lab.guidance.interval import Interval
 from diffusion_lab.process.interpolants import Interpolant
 from diffusion_lab.typing import Cond, DenoiserFn, conditional_of
 
@@ -34,6 +35,7 @@ class ClassifierFree:
         denoiser: Trained with and without conditions.
         scale: Guidance scale; 1 is off.
         interval: `(low, high)`: guide where low <= logsnr <= high.
+        batched: Whether both answers come from one call, which needs the memory of both.
 
     Raises:
         ValueError: If the interval is not ordered.
@@ -44,33 +46,24 @@ class ClassifierFree:
         denoiser: DenoiserFn,
         scale: float,
         interval: Sequence[float] = (-math.inf, math.inf),
+        batched: bool = True,
     ) -> None:
         low, high = interval
-        if low > high:
-            raise ValueError(f"a guidance interval needs low <= high, got {low} and {high}")
         self.interpolant: Interpolant = denoiser.interpolant
         self.conditional = conditional_of(denoiser)
-        self.denoiser, self.scale, self.low, self.high = denoiser, scale, float(low), float(high)
-        self._everywhere = math.isinf(self.low) and math.isinf(self.high) and self.low < self.high
+        self.denoiser, self.scale, self.batched = denoiser, scale, batched
+        self.interval = Interval(low, high)
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
-        """Return the guided x0_hat, of the shape of `x`; without `cond` there is nothing to guide towards."""
-        if cond is None or self.scale == 1.0:
+        """Return the guided x0_hat, of the shape of `x`; without a condition there is nothing to guide towards."""
+        if self.scale == 1.0 or not is_conditional(cond):
             return self.denoiser(x, logsnr, cond)
-        if self._everywhere:
-            return self._guided(x, logsnr, cond)
-        inside = (logsnr >= self.low) & (logsnr <= self.high)
-        if not bool(inside.any()):
-            return self.denoiser(x, logsnr, cond)
-        if bool(inside.all()):
-            return self._guided(x, logsnr, cond)
-        # levels differ within the batch: the conditional answer stands where guidance is off
-        conditional = self.denoiser(x, logsnr, cond)
-        guided = torch.lerp(self.denoiser(x, logsnr, None), conditional, self.scale)
-        return torch.where(broadcast_right(inside, x).bool(), guided, conditional)
+        return self.interval(
+            x, logsnr, lambda: self.denoiser(x, logsnr, cond), lambda: self._guided(x, logsnr, cond)
+        )
 
-    def _guided(self, x: Tensor, logsnr: Tensor, cond: Cond) -> Tensor:
-        unconditional = self.denoiser(x, logsnr, None)
+    def _guided(self, x: Tensor, logsnr: Tensor, cond: Cond | None) -> Tensor:
         if self.scale == 0.0:
-            return unconditional
-        return torch.lerp(unconditional, self.denoiser(x, logsnr, cond), self.scale)
+            return self.denoiser(x, logsnr, unconditional(cond))
+        without, given = answers(self.denoiser, x, logsnr, [unconditional(cond), cond], batched=self.batched)
+        return torch.lerp(without, given, self.scale)

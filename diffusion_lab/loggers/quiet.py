@@ -15,6 +15,8 @@ ADVERTS = (
     "GPU available:",
     "TPU available:",
     "HPU available:",
+    "Initializing distributed",
+    "distributed_backend=",
     "`Trainer.fit` stopped",
     "Restoring states from the checkpoint path",
     "Restored all states from the checkpoint",
@@ -37,6 +39,7 @@ HINTS = (
 LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.distributed",
     "lightning.pytorch",
     "lightning.fabric",
 )

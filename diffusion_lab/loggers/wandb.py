@@ -31,7 +31,12 @@ def _mode(offline: bool | None) -> Literal["online", "offline", "disabled"]:
     asked = os.environ.get("WANDB_MODE")
     if asked in ("online", "offline", "disabled"):
         return asked  # type: ignore[return-value]
-    return "online" if wandb.api.api_key else "offline"
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
+
+
+def _short(path: Path) -> str:
+    """Return a path as one types it from here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 class WandB(WandbLogger):
@@ -118,7 +123,11 @@ class WandB(WandbLogger):
 
     @rank_zero_only
     def close(self) -> None:
-        """End the W&B run."""
-        if self._experiment is not None:
-            self._experiment.finish()
-            self._experiment = None
+        """End the W&B run; where it is offline, say how to upload it."""
+        if self._experiment is None:
+            return
+        folder, offline = Path(self._experiment.dir).parent, self._experiment.offline
+        self._experiment.finish()
+        self._experiment = None
+        if offline:
+            print(f"W&B offline: upload with  wandb sync {_short(folder)}", flush=True)

@@ -27,6 +27,7 @@ from diffusion_lab.metrics.inception import SHA256_PREFIX, is_published
 
 RAW = "raw"
 UNKNOWN = "unknown"
+ALL_LABELS = "all in turn"
 LARGEST_N = 10_000
 
 
@@ -84,6 +85,7 @@ class Source:
         grid: The noise levels.
         guidance: The guidance with its settings.
         nfe: Evaluations of the network for one sample; None where it is not known.
+        labels: The classes drawn: `ALL_LABELS`, or the list of them; "unknown" also where there are no classes.
     """
 
     seeds: str = UNKNOWN
@@ -92,11 +94,13 @@ class Source:
     grid: str = UNKNOWN
     guidance: str = UNKNOWN
     nfe: int | None = None
+    labels: str = UNKNOWN
 
     def __str__(self) -> str:
         nfe = "NFE unknown" if self.nfe is None else f"NFE {self.nfe}"
+        labels = "" if self.labels in (UNKNOWN, ALL_LABELS) else f"labels {self.labels}, "
         return (
-            f"seeds {self.seeds}, weights {self.ema}, sampler {self.sampler}, grid {self.grid}, "
+            f"seeds {self.seeds}, {labels}weights {self.ema}, sampler {self.sampler}, grid {self.grid}, "
             f"guidance {self.guidance}, {nfe}"
         )
 
@@ -150,6 +154,8 @@ class Record:
             found.append(f"feature weights {self.features_sha256[:8]} instead of {asked.features_sha256[:8]}")
         if asked.averaged and self.source.ema == RAW:
             found.append("raw weights instead of averaged")
+        if self.source.labels not in (UNKNOWN, ALL_LABELS):
+            found.append(f"labels {self.source.labels} instead of all")
         return tuple(found)
 
     @property

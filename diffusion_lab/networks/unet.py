@@ -74,10 +74,13 @@ class UNet(nn.Module):
         super().__init__()
         sides = [size >> level for level in range(len(multipliers))]
         if size % (1 << (len(multipliers) - 1)):
-            raise ValueError(f"images of side {size} cannot be halved {len(multipliers) - 1} times")
+            raise ValueError(
+                f"images of side {size} cannot be halved {len(multipliers) - 1} times; choose another model="
+            )
         if set(attention) - set(sides):
             raise ValueError(
-                f"attention at sides {sorted(set(attention) - set(sides))}, but the levels have sides {sides}"
+                f"attention at sides {sorted(set(attention) - set(sides))}, but the levels have sides {sides}; "
+                "choose another model="
             )
         width = 4 * channels
         self.level_embedding = LogSNREmbedding(features=channels, width=width)

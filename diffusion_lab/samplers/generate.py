@@ -3,7 +3,9 @@ r"""From seeds to samples: everything that has to be fixed before a denoiser can
     noise    x = sigma(grid[0]) z,   z ~ N(0, I) from the sample's own seed
     then     x0 = sampler(modifiers(guidance(denoiser)), x, grid, cond)
 
-The same seed gives the same image whatever its batch, since noise comes from `SampleRNG`.
+The same seed gives the same image whatever its batch, since noise comes from `SampleRNG`. Two things a guidance may
+say about itself: `draws = True` on its class, and each sample's seed is in `cond["seed"]`; a method `around(sampler)`,
+and it is asked for the sampler to use, because it has to touch the samples and not only the denoiser's answers.
 """
 
 from __future__ import annotations
@@ -18,21 +20,34 @@ from torch import Tensor
 from diffusion_lab.process.interpolants import Interpolant
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import Sampler
-from diffusion_lab.typing import Cond, DenoiserFn, GuidanceFactory, OnStep
+from diffusion_lab.typing import SEED, Cond, DenoiserFn, GuidanceFactory, OnStep
 
 
 class CountingDenoiser:
-    """A denoiser that counts how often it is called: the true number of function evaluations (NFE)."""
+    """A denoiser that counts its function evaluations (NFE).
 
-    def __init__(self, denoiser: DenoiserFn) -> None:
+    Args:
+        denoiser: The denoiser.
+        batch: Number of samples: a call with n times as many rows is n evaluations. None counts calls.
+    """
+
+    def __init__(self, denoiser: DenoiserFn, batch: int | None = None) -> None:
         self.interpolant: Interpolant = denoiser.interpolant
-        self.denoiser = denoiser
+        self.denoiser, self.batch = denoiser, batch
         self.calls = 0
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
         """Count, and return E[x0 | x]."""
-        self.calls += 1
+        self.calls += 1 if self.batch is None else -(-len(x) // self.batch)
         return self.denoiser(x, logsnr, cond)
+
+
+def _draws(factory: object) -> bool:
+    """Whether a guidance, or one it has been given to build on, draws noise."""
+    if getattr(getattr(factory, "func", factory), "draws", False):
+        return True
+    inner = getattr(factory, "inner", None) or getattr(factory, "keywords", {}).get("inner")
+    return inner is not None and _draws(inner)
 
 
 class _Blank:
@@ -104,16 +119,20 @@ class Generation:
             ValueError: If the grid starts where the process has infinite noise.
         """
         rng = SampleRNG(seeds)
+        if _draws(self.guidance):
+            cond = {**(cond or {}), SEED: torch.tensor(list(seeds), dtype=torch.int64, device=device)}
+        around = getattr(self.guidance, "around", None)
+        sampler = self.sampler if around is None else around(self.sampler)
         _, sigma = denoiser.interpolant(self.grid[0])
         if not math.isfinite(float(sigma)):
             raise ValueError(
                 "this grid starts at logsnr = -inf, where the variance-exploding process has no samples"
             )
         x = sigma * rng.randn(self.shape, device=device)
-        return self.sampler(self.wrapped(denoiser), x, self.grid, cond=cond, rng=rng, on_step=on_step)
+        return sampler(self.wrapped(denoiser), x, self.grid, cond=cond, rng=rng, on_step=on_step)
 
     def nfe(self, interpolant: Interpolant, cond: Cond | None = None) -> int:
         """Return the number of denoiser calls one sample costs, counted on a run with a denoiser that answers zero."""
-        counting = CountingDenoiser(_Blank(interpolant))
+        counting = CountingDenoiser(_Blank(interpolant), batch=1)
         self(counting, seeds=[0], cond=cond)
         return counting.calls

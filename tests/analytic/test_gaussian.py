@@ -1,6 +1,7 @@
 """Samplers on Gaussian data, where every step is a number."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -92,7 +93,11 @@ def test_stochastic_samplers_reach_the_data_at_the_end_and_the_marginal_on_the_w
     grid, vp = uniform_u(PURE_COSINE, steps), INTERPOLANTS["vp"]
     rng = SampleRNG(range(n // 100))
     seen = {}
-    end = STOCHASTIC[name](
+    sampler = STOCHASTIC[name]
+    if name == "predictor_corrector":
+        # at the paper's snr Langevin steps are biased by snr^2 + 2 / dim (tests/samplers/test_predictor_corrector.py)
+        sampler = replace(sampler, snr=0.05)
+    end = sampler(
         gaussian(vp, S, dim=100, mean=mean),
         rng.randn((100,), dtype=D64),
         grid,

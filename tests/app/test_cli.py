@@ -32,6 +32,9 @@ def app(monkeypatch, tmp_path):
         module = types.ModuleType(f"diffusion_lab.app.{name}")
         module.run = run
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    compare = types.ModuleType("diffusion_lab.app.compare")
+    compare.finish = lambda session: None
+    monkeypatch.setitem(sys.modules, compare.__name__, compare)
     monkeypatch.setattr("diffusion_lab.app.validate._nodes", lambda cfg, prefix: None)
     monkeypatch.delenv("DIFFUSION_LAB_TRACEBACK", raising=False)
     monkeypatch.setattr(sys, "argv", ["train.py"])
@@ -75,6 +78,8 @@ def test_nothing_heavy_is_imported_for_help_composition_and_errors():
         "assert main('train', ['--help']) == 0\n"
         "assert main('train', ['optimizer.lrr=1']) == 2\n"
         "assert main('train', ['+optimizer.lrr=1']) == 2\n"
+        "assert main('train', ['--seed=1']) == 2\n"
+        "assert main('train', ['resume=atuo']) == 2\n"
         "heavy = {'torch', 'lightning', 'wandb', 'numpy', 'torchvision'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -184,13 +189,78 @@ def test_a_sweep_goes_on_after_a_failed_job(app, capsys):
     assert [cfg.seed for cfg in app] == [1, 13, 14, 2]
     assert next(list(cfg.overrides) for cfg in app) == ["seed=1", "optimizer.lr=0.001"]
     out, err = capsys.readouterr()
-    assert out == ""
+    assert out.splitlines() == [f"job {k} of 4 (seed={seed})" for k, seed in enumerate((1, 13, 14, 2), 1)]
     assert err.splitlines() == [
-        "job 1 (seed=13): thirteen is unlucky",
-        "job 2 (seed=14): RuntimeError: a defect",
+        "job 2 of 4 (seed=13): thirteen is unlucky",
+        "job 3 of 4 (seed=14): RuntimeError: a defect",
         "2 of 4 jobs failed",
     ]
     assert cli.main("train", ["-m", "seed=1,2"]) == 0
+
+
+def test_jobs_of_a_sweep_are_announced_with_what_varies(app, run_folder, capsys):
+    a, b = run_folder("a"), run_folder("b c")
+    assert cli.main("sample", ["-m", f"run={a},{b}", "num_samples=12", "grid.steps=range(5,7)"]) == 0
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        f"job {k} of 4 (run={folder} grid.steps={steps})"
+        for k, (folder, steps) in enumerate([(a, 5), (a, 6), (b, 5), (b, 6)], 1)
+    ]
+    assert cli.main("train", ["-m", "seed=3"]) == 0
+    assert capsys.readouterr().out == "job 1 of 1\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--experiment=digits/quickstart"], "did you mean experiment=digits/quickstart?"),
+        (["--experiment", "digits/quickstart"], "did you mean experiment=digits/quickstart?"),
+        (["--optimizer.lr=1e-3", "seed=1"], "did you mean optimizer.lr=1e-3?"),
+        (["--run=runs/x"], "did you mean run=runs/x?"),
+        (["--multirn", "seed=0,1"], "error: --multirn: no such option; did you mean '--multirun'?"),
+        (["-x"], "error: -x: no such option; see --help"),
+        (["--cfg", "jobb"], "invalid choice: 'jobb'"),
+        (["seed=1", "--cfg"], "expected one argument"),
+        (["resume=atuo"], "error: resume=atuo: no such folder; did you mean 'auto'?"),
+        (["resume=here/ther/x"], "error: resume=here/ther/x: no such folder; did you mean 'here/there/x'?"),
+    ],
+)
+def test_dashes_and_resume_are_one_line(app, capsys, tmp_path, arguments, expected):
+    (tmp_path / "here" / "there" / "x").mkdir(parents=True)
+    assert cli.main("train", arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and expected in err
+    assert not app
+
+
+def test_a_misspelt_run_folder_is_recognised(app, capsys, run_folder):
+    folder = run_folder("quickstart").parent
+    assert cli.main("sample", [f"run={folder}/quickstrat"]) == 2
+    assert f"no such folder; did you mean '{folder}/quickstart'?" in capsys.readouterr().err
+    assert cli.main("sample", [f"run={folder.parent}/{folder.name[:-1]}x/quickstart"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_trial_is_called_debug(app):
+    assert cli.main("train", ["experiment=digits/quickstart", "debug=fast"]) == 0
+    assert cli.main("train", ["debug=overfit"]) == 0
+    assert cli.main("train", ["debug=none"]) == 0
+    assert cli.main("train", ["debug=fast", "name=mine"]) == 0
+    assert [cfg.name for cfg in app] == ["debug/digits/quickstart", "debug/unnamed", "unnamed", "mine"]
+
+
+def test_the_recorded_command_can_be_pasted(app, run_folder):
+    import shlex
+
+    from diffusion_lab.app import record
+
+    folder = run_folder("it's a run")
+    for words in ([f"run={folder}", "labels=[1,2]"], ["-m", f"run={folder}", "labels=[1,2]"]):
+        assert cli.main("evaluate", words) == 0
+        command = record.command("evaluate", list(app[-1].overrides))
+        assert shlex.split(command) == ["python", "evaluate.py", f"run={folder}", "labels=[1,2]"]
+    plain = run_folder("plain")
+    assert cli.main("evaluate", [f"run={plain}"]) == 0
+    assert record.command("evaluate", list(app[-1].overrides)) == f"python evaluate.py run={plain}"
 
 
 def test_a_misspelt_option_of_a_sweep_stops_it_before_the_first_job(app, capsys):
@@ -215,7 +285,9 @@ def test_completion_answers_and_the_scripts_carry_hydras_mark():
         assert "@hydra.main" in (ROOT / name).read_text()
     line = "train.py sampler=d"
     done = script("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
-    assert done.stdout.split() == ["sampler=ddim", "sampler=ddpm", "sampler=dpmpp_2m"]
+    answers = done.stdout.split()
+    assert {"sampler=ddim", "sampler=ddpm", "sampler=dpmpp_2m"} <= set(answers)
+    assert all(answer.startswith("sampler=d") for answer in answers)
 
 
 def test_bash_completion_end_to_end(tmp_path):

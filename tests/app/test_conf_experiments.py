@@ -19,8 +19,8 @@ def test_every_experiment_trains_a_few_steps(experiment, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     arguments = [f"experiment={experiment}", "debug=fast", "trainer=cpu", f"paths.runs={tmp_path}"]
     assert cli.main("train", arguments) == 0
-    folder = tmp_path / experiment / "latest"
+    folder = tmp_path / "debug" / experiment / "latest"
     config = read_run(Path(folder))
-    assert config["name"] == experiment and config["choices"]["experiment"] == experiment
+    assert config["name"] == f"debug/{experiment}" and config["choices"]["experiment"] == experiment
     assert config["choices"]["debug"] == "fast" and config["max_images"] == 128
     assert list((folder / "checkpoints").glob("*.ckpt"))

@@ -104,3 +104,28 @@ def test_an_npz_with_pickles_is_refused(trained, tmp_path, capsys):
     np.savez(tmp_path / "s.npz", images=np.array([{"a": 1}], dtype=object))
     evaluate(trained, f"samples={tmp_path}/s.npz", f"out={tmp_path}/scores", code=2)
     assert "allow_pickle" in capsys.readouterr().err
+
+
+def test_a_score_of_some_classes_only_says_so(trained, tmp_path, capsys):
+    evaluate(trained, "num_samples=40", "labels=[3,5]", f"out={tmp_path}/some")
+    assert "labels [3, 5] instead of all" in capsys.readouterr().out
+    (item, _) = evaluations(tmp_path / "some")[0]["records"]
+    assert "labels [3, 5] instead of all" in item["deviations"] and "labels [3, 5]" in item["conditions"]
+    evaluate(trained, "num_samples=40", "labels=[9,8,7,6,5,4,3,2,1,0]", f"out={tmp_path}/all")
+    evaluate(trained, "num_samples=40", f"out={tmp_path}/turn")
+    for name in ("all", "turn"):
+        for item in evaluations(tmp_path / name)[0]["records"]:
+            assert not any("labels" in line for line in item["deviations"])
+
+
+def test_paths_are_printed_as_they_were_typed(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained.parent)
+    evaluate(trained.name, "num_samples=20")
+    out = capsys.readouterr().out
+    assert f"metrics {trained.name}/metrics.json" in out and f"report  {trained.name}/report.html" in out
+    assert tiny_runs.main("sample", f"run={trained.name}", "num_samples=20", "seed=4") == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    told = {line[0]: line[1].strip() for line in lines if len(line) == 2}
+    assert told["picture"].startswith(f"{trained.name}/samples/") and told["picture"].endswith("grid.png")
+    assert told["images"].startswith(f"{trained.name}/samples/") and told["seed"] == "4"
+    assert told["grid"].startswith("uniform_u(") and told["guidance"].startswith("Unguided")

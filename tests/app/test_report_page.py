@@ -116,3 +116,22 @@ def test_a_tile_holds_the_images_unchanged():
     sheet = np.asarray(figures.tile(images, 3, smallest=1))
     assert sheet.shape == (9, 14, 4)
     assert (sheet[5:9, 5:9, 0] == images[4, :, :, 0]).all() and sheet[4, 0, 3] == 0
+
+
+def test_the_headline_is_the_newest_score_by_the_protocol(tmp_path, trained):
+    def evaluation(value, deviation=None):
+        conditions = "digits-cnn-1437: n 1437" + (f" | DEVIATES: {deviation}" if deviation else "")
+        item = {"label": "FD (digits-cnn)", "metric": "frechet", "value": value, "conditions": conditions}
+        return {"records": [item]}
+
+    def cards(*evaluations):
+        folder.metrics_json.write_text(json.dumps({"evaluations": evaluations}))
+        return re.findall(r'<div class="number">.*?</div>', write_report(folder).read_text())
+
+    folder = RunFolder(tmp_path / "scored")
+    folder.path.mkdir()
+    shutil.copy(trained / "config.yaml", folder.config)
+    (card,) = cards(evaluation(1.5), evaluation(2.5), evaluation(3.5, "n 20 instead of 1437"))
+    assert "<b>2.5</b>" in card and "deviates" not in card
+    (card,) = cards(evaluation(3.5, "n 20 instead of 1437"))
+    assert "<b>3.5</b>" in card and "deviates: n 20 instead of 1437" in card

@@ -3,6 +3,7 @@
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import tiny_runs
@@ -162,3 +163,21 @@ def test_ctrl_c_saves_too_and_ends_with_130(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == "interrupted\n" and "press Ctrl-C again" in out
     assert tiny_runs.images_in(folder) >= 100 and tiny_runs.record_of(folder)["status"] == "preempted"
+
+
+def test_latest_leads_to_the_run_that_was_resumed(tmp_path):
+    folder = tiny_runs.train(tmp_path, "run_id=a", max_images=160)
+    tiny_runs.train(tmp_path, "run_id=b", "seed=5", max_images=160)
+    latest = tmp_path / "digits" / "quickstart" / "latest"
+    assert latest.resolve().name == "b"
+    tiny_runs.train(tmp_path, "resume=auto", max_images=160)
+    assert latest.resolve() == folder.resolve() and latest.readlink() == Path("a")
+
+
+def test_a_limit_of_the_trainer_is_named(tmp_path, capsys):
+    folder = tiny_runs.train(tmp_path, "trainer.max_steps=4")
+    assert "digits/quickstart: stopped by trainer.max_steps" in capsys.readouterr().out
+    told = tiny_runs.record_of(folder)
+    assert told["status"] == "stopped" and told["sessions"][0]["stopped_by"] == "trainer.max_steps"
+    tiny_runs.train(tmp_path, "resume=auto")
+    assert "digits/quickstart: done" in capsys.readouterr().out

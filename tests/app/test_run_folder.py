@@ -222,3 +222,34 @@ def test_a_run_without_checkpoints_ends_in_a_table(tmp_path, capfd, words):
 
     assert cli.main("train", ["experiment=digits/quickstart", f"paths.runs={tmp_path}", *words]) == 0
     assert "none kept" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dataset=image_folder", "dataset.root=nowhere", "name=deep/er"], "there is no folder nowhere"),
+        (["experiment=digits/quickstart", "model.attention=[3]"], "choose another model="),
+    ],
+)
+def test_a_failed_first_run_leaves_no_folder_at_all(tmp_path, capfd, words, message):
+    from diffusion_lab.app import cli
+
+    assert cli.main("train", [*words, f"paths.runs={tmp_path / 'runs'}"]) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_bare_command_says_what_it_trains(tmp_path, capsys, monkeypatch):
+    from diffusion_lab.app import cli, train
+
+    def stop(*_):
+        raise UserError("far enough")
+
+    monkeypatch.setattr(train, "fit", stop)
+    line = "no experiment was chosen: the defaults train unet_tiny on digits for 1,000,000 images"
+    assert cli.main("train", [f"paths.runs={tmp_path}"]) == 2
+    assert capsys.readouterr().out.startswith(line)
+    for words in (["experiment=toy/quickstart"], ["max_images=1000"], ["debug=fast"]):
+        assert cli.main("train", [f"paths.runs={tmp_path}", *words]) == 2
+        assert "no experiment" not in capsys.readouterr().out

@@ -3,9 +3,9 @@ import signal
 
 import pytest
 import torch
-from tiny_training import BATCH, assert_equal, everything, fit
+from tiny_training import BATCH, assert_equal, everything, fit, make_scores
 
-from diffusion_lab.callbacks import Preemption, was_preempted
+from diffusion_lab.callbacks import FrechetDuringTraining, Preemption, SampleGrid, was_preempted
 from diffusion_lab.callbacks.base import StepCallback
 
 
@@ -31,6 +31,17 @@ def test_a_signal_saves_and_the_run_continues_exactly(tmp_path, number):
     module, trainer = fit(tmp_path / "whole", 20 * BATCH, every=10**6)
     assert not was_preempted(trainer.callbacks)
     assert_equal(resumed, everything(module, trainer))
+
+
+def test_a_signal_leaves_no_time_for_pictures_and_scores(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(SampleGrid, "draw", lambda *_: made.append("picture"))
+    monkeypatch.setattr(FrechetDuringTraining, "measure", lambda *_: made.append("score"))
+    scores = make_scores(tmp_path, every=10**6)
+    fit(tmp_path / "run", 20 * BATCH, every=10**6, extra=[Signal(7 * BATCH, signal.SIGTERM), *scores])
+    assert made == []
+    fit(tmp_path / "whole", 7 * BATCH, every=10**6, extra=scores)
+    assert sorted(made) == ["picture", "score"]
 
 
 def test_handlers_are_put_back_after_an_error(tmp_path):

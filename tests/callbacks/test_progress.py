@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
+import torch
 from tiny_training import BATCH, fit
 
-from diffusion_lab.callbacks import Progress
+from diffusion_lab.callbacks import GradientNorm, Progress
 from diffusion_lab.callbacks.progress import clock
 
 
@@ -36,3 +39,15 @@ def test_text():
     assert clock(3723.4) == "1:02:03"
     with pytest.raises(ValueError, match="positive"):
         Progress(refresh_s=0.0)
+
+
+def test_with_several_processes_the_loss_is_that_of_all():
+    module = SimpleNamespace(step_loss=lambda: torch.tensor(1.0))
+    norm = GradientNorm()
+    trainer = SimpleNamespace(world_size=2, callbacks=[norm])
+    assert Progress._loss(trainer, module) == (1.0, "loss of process 0")
+    norm.loss = torch.tensor(3.0)
+    assert Progress._loss(trainer, module) == (3.0, "loss")
+    trainer.world_size = 1
+    assert Progress._loss(trainer, module) == (1.0, "loss")
+    assert "loss of process 0 0.5000" in Progress.line(1, 0.5, 0.0, None, "loss of process 0")

@@ -187,6 +187,8 @@ def test_the_data_set_of_the_docs_works():
     names = {}
     exec(page.split("```python\n")[1].split("```")[0], names)
     data = names["Stripes"](batch_size=4, seed=0)
+    text = page.split("```yaml\n")[1].split("```")[0]
+    assert text.startswith("# @package _global_\n"), "Hydra reads it on the first line only"
     data.setup()
     batch = data.on_after_batch_transfer(next(iter(data.loader(start=0))), 0)
     assert batch["x0"].shape == (4, 1, 8, 8) and sorted(batch["label"].tolist()) == [0, 0, 1, 1]
@@ -194,3 +196,21 @@ def test_the_data_set_of_the_docs_works():
         bool((x0[0] == x0[0, :1]).all()) == bool(label)
         for x0, label in zip(batch["x0"], batch["label"], strict=True)
     )
+
+
+def test_the_config_of_the_documentation_composes_and_builds(tmp_path, monkeypatch):
+    import hydra
+    from omegaconf import OmegaConf
+
+    page = (FOLDER.parents[1] / "docs" / "data.md").read_text()
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "stripes.py").write_text(page.split("```python\n")[1].split("```")[0])
+    (tmp_path / "my_conf" / "dataset").mkdir(parents=True)
+    (tmp_path / "my_conf" / "dataset" / "stripes.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with hydra.initialize_config_dir(str(FOLDER.parents[1] / "conf"), version_base="1.3"):
+        extra = f"hydra.searchpath=[file://{tmp_path / 'my_conf'}]"
+        cfg = hydra.compose("train", overrides=["dataset=stripes", "batch_size=4", extra])
+    assert list(cfg.shape) == [1, 8, 8] and cfg.num_classes == 2
+    node = OmegaConf.to_container(cfg.dataset, resolve=True)
+    assert hydra.utils.instantiate(node).batch_size == 4

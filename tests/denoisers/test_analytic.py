@@ -126,6 +126,39 @@ def test_gaussian_limits():
     assert denoiser(x, t(-math.inf)).tolist() == [[1.0, 2.0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, D64], ids=str)
+@pytest.mark.parametrize("scale", [1e-13, 1.0, 1e6])
+def test_a_singular_covariance_is_one_in_any_units(scale, dtype):
+    # rank 2 of 8: in rounding, eigh's six zeros are negative half of the time, in proportion to the largest
+    g = torch.Generator().manual_seed(0)
+    root = torch.randn(8, 2, generator=g, dtype=D64)
+    x = torch.randn(3, 8, generator=g, dtype=D64)
+    covariance = (root @ root.T).to(dtype)
+    unit = GaussianDenoiser(
+        mean=torch.zeros(8, dtype=dtype), covariance=covariance, interpolant=VariancePreserving()
+    )
+    scaled = GaussianDenoiser(
+        mean=torch.zeros(8, dtype=dtype), covariance=scale * covariance, interpolant=VariancePreserving()
+    )
+    # data c times as long at a log-SNR 2 ln c lower, in EDM's coordinate x / alpha, are the same problem
+    c, level = math.sqrt(scale), t(1.0).to(dtype)
+    ends = []
+    for denoiser, length, logsnr in ((unit, 1.0, level), (scaled, c, level - 2 * math.log(c))):
+        alpha, _ = denoiser.interpolant(logsnr)
+        ends.append(denoiser((alpha * length * x).to(dtype), logsnr) / length)
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-5 if dtype is torch.float32 else 1e-9)
+    # and what has no variance is known
+    normal = torch.linalg.svd(root.T).Vh[2:].to(dtype)
+    assert float((ends[1] @ normal.T).abs().max()) < 1e-5
+
+
+def test_a_covariance_below_zero_is_refused_in_any_units():
+    indefinite = torch.diag(t(1.0, -1e-9))
+    for scale in (1e-12, 1.0, 1e12):
+        with pytest.raises(ValueError, match="negative"):
+            GaussianDenoiser(mean=t(0, 0), covariance=scale * indefinite, interpolant=VariancePreserving())
+
+
 def test_gaussian_covariance_forms_agree():
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=D64)
     forms = [torch.tensor(0.3, dtype=D64), torch.full((4,), 0.3, dtype=D64), 0.3 * torch.eye(4, dtype=D64)]

@@ -77,6 +77,36 @@ def test_edm_in_its_own_words(problem, d):
     )
 
 
+def test_targets_in_their_papers_words(problem):
+    x0, eps, _, logsnr = problem
+    alpha, sigma = torch.sigmoid(logsnr).sqrt()[:, None], torch.sigmoid(-logsnr).sqrt()[:, None]
+    d, s = 0.7, sigma / alpha
+    # Karras et al. 2022, eq. 8, for y = x0 + s eps: F = (x0 - c_skip y) / c_out
+    c_skip, c_out = d**2 / (s**2 + d**2), s * d / torch.sqrt(s**2 + d**2)
+    expected = {
+        X0(): x0,
+        Eps(): eps,
+        V(): alpha * eps - sigma * x0,  # Salimans & Ho 2022, section 4
+        Velocity(): eps - x0,  # Liu et al. 2022, eq. 1, with time towards the noise
+        Score(): -eps / sigma,  # grad of log N(x; alpha x0, sigma^2) = -(x - alpha x0) / sigma^2
+        EDM(sigma_data=d): (x0 - c_skip * (x0 + s * eps)) / c_out,
+    }
+    for prediction, value in expected.items():
+        got = target(prediction, x0, eps, alpha[:, 0], sigma[:, 0])
+        torch.testing.assert_close(got, value, rtol=1e-10, atol=1e-10, msg=repr(prediction))
+
+
+@every
+def test_v_is_the_same_target_and_the_same_error_in_every_interpolant(interpolant, problem):
+    x0, eps, _, logsnr = problem
+    alpha, sigma = interpolant(logsnr)
+    a, s = torch.sigmoid(logsnr).sqrt()[:, None], torch.sigmoid(-logsnr).sqrt()[:, None]
+    torch.testing.assert_close(target(V(), x0, eps, alpha, sigma), a * eps - s * x0, rtol=1e-12, atol=1e-13)
+    # the unit of VMSE: |v_err|^2 = (1 + 1 / SNR) |eps_err|^2
+    expected = 1 / (1 + torch.exp(-logsnr))
+    torch.testing.assert_close(eps_error_scale(V(), alpha, sigma), expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("prediction", [X0(), V(), Velocity(), EDM()], ids=repr)
 @pytest.mark.parametrize("interpolant", [VariancePreserving(), RectifiedFlow()], ids=["vp", "rf"])
 def test_pure_noise_is_no_special_case(prediction, interpolant):
@@ -94,9 +124,23 @@ class Linear(torch.nn.Module):
         return 0.3 * x
 
 
+@every
+@pytest.mark.parametrize("d", [0.5, 1.0, 1.3])
+def test_network_sees_unit_variance(interpolant, d):
+    logsnr = torch.tensor([-6.0, 0.0, 1.7, 8.0], dtype=torch.float64)
+    alpha, sigma = interpolant(logsnr)
+    # the four corners (x0, eps) = (+-d, +-1) have the mean square alpha^2 d^2 + sigma^2
+    x0, eps = torch.tensor([[d, d, -d, -d], [1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
+    x = alpha[:, None] * x0 + sigma[:, None] * eps
+    network = Linear()
+    NetworkDenoiser(network=network, interpolant=interpolant, prediction=X0(), sigma_data=d)(x, logsnr)
+    seen = network.seen[0].square().mean(1)
+    torch.testing.assert_close(seen, torch.ones(4, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
 @each
 def test_network_denoiser_is_the_same_in_every_interpolant(prediction, problem):
-    # c_in x is shared, so a network whose target knows no interpolant (x0, EDM's F) may be moved between processes
+    # c_in x is shared, so a network whose target knows no interpolant may be moved between processes: all but the score
     x0, eps, _, logsnr = problem
     outputs, inputs = [], []
     for interpolant in INTERPOLANTS:
@@ -108,9 +152,11 @@ def test_network_denoiser_is_the_same_in_every_interpolant(prediction, problem):
         inputs.append(denoiser.network.seen[0])
     torch.testing.assert_close(inputs[0], inputs[1], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(inputs[0], inputs[2], rtol=1e-10, atol=1e-12)
-    if isinstance(prediction, X0 | EDM):
-        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(outputs[0], outputs[2], rtol=1e-10, atol=1e-10)
+    for output in outputs[1:]:
+        if isinstance(prediction, Score):
+            assert float((output - outputs[0]).abs().max()) > 0.1
+        else:
+            torch.testing.assert_close(output, outputs[0], rtol=1e-10, atol=1e-10)
 
 
 def test_network_denoiser_expands_levels_and_keeps_digits():

@@ -12,6 +12,7 @@ from diffusion_lab.guidance import ClassifierFree, Unguided
 from diffusion_lab.process import Cosine
 from diffusion_lab.samplers import CountingDenoiser, Generation
 from diffusion_lab.samplers.grids import uniform_u
+from diffusion_lab.typing import NO_LABEL
 
 GRID = uniform_u(Cosine(logsnr_min=-12, logsnr_max=12), 12)
 LABEL = {"label": torch.tensor([0, 1, 1, 0])}
@@ -21,7 +22,7 @@ LEVEL = torch.full((4,), 0.7, dtype=D64)
 
 @pytest.fixture(params=INTERPOLANTS.values(), ids=INTERPOLANTS.keys())
 def counting(request):
-    return CountingDenoiser(mixture_1d(request.param))
+    return CountingDenoiser(mixture_1d(request.param), batch=4)
 
 
 def test_scale_one_is_conditional_with_one_call(counting):
@@ -41,6 +42,20 @@ def test_guided_mean_is_the_lerp(counting):
         guided, unconditional + 2.5 * (conditional - unconditional), rtol=0, atol=1e-14
     )
     assert counting.calls == 2
+
+
+def test_one_call_answers_like_two():
+    class Calls(CountingDenoiser):
+        pass
+
+    for text in ({}, {"text": torch.ones(4, 2)}):
+        one, two = (Calls(mixture_1d(INTERPOLANTS["vp"])) for _ in range(2))
+        cond = {**LABEL, **text}
+        a = ClassifierFree(one, 2.5)(X, LEVEL, cond)
+        b = ClassifierFree(two, 2.5, batched=False)(X, LEVEL, cond)
+        assert torch.equal(a, b) and two.calls == 2
+        # only a label has a value for "none" in one example of a batch
+        assert one.calls == (2 if text else 1)
 
 
 def test_infinite_interval_is_plain_guidance(counting):
@@ -81,7 +96,9 @@ class TwoGaussians:
         self.unconditional = make(mean=torch.zeros(1, dtype=D64), covariance=torch.tensor([S], dtype=D64))
 
     def __call__(self, x, logsnr, cond=None):
-        return (self.unconditional if cond is None else self.conditional)(x, logsnr)
+        label = torch.full((len(x),), NO_LABEL) if cond is None else cond["label"]
+        given = (label != NO_LABEL)[:, None]
+        return torch.where(given, self.conditional(x, logsnr), self.unconditional(x, logsnr))
 
 
 @pytest.mark.parametrize("interpolant", INTERPOLANTS.values(), ids=INTERPOLANTS.keys())
@@ -117,7 +134,7 @@ def test_every_guidance_runs_with_every_sampler(sampler, guidance, interpolant):
 
 
 def test_interval_saves_calls_over_a_whole_trajectory():
-    counting = CountingDenoiser(mixture_1d(INTERPOLANTS["vp"]))
+    counting = CountingDenoiser(mixture_1d(INTERPOLANTS["vp"]), batch=4)
     inside = int(((GRID[:-1] >= -1.0) & (GRID[:-1] <= 4.0)).sum())
     for interval, calls in (((-math.inf, math.inf), 24), ((-1.0, 4.0), 12 + inside), ((50.0, 60.0), 12)):
         counting.calls = 0

@@ -17,6 +17,18 @@ def test_adverts_go_and_the_rest_stays(caplog, monkeypatch):
     assert [r.getMessage() for r in caplog.records] == ["something that matters"]
 
 
+def test_the_banner_of_several_processes_goes(caplog, monkeypatch):
+    hush_lightning()
+    for name in ("lightning.fabric.utilities.distributed", "lightning.fabric.utilities.rank_zero"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "disabled", False)
+        monkeypatch.setattr(logger, "propagate", True)
+        monkeypatch.setattr(logging.getLogger("lightning.fabric"), "propagate", True)
+        logger.warning("Initializing distributed: GLOBAL_RANK: 0, MEMBER: 1/2")
+        logger.warning("----\ndistributed_backend=gloo\nAll distributed processes registered.")
+    assert not caplog.records
+
+
 def test_hints_go_and_other_warnings_stay():
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

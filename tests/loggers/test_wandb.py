@@ -2,6 +2,7 @@
 
 import json
 import struct
+import warnings
 
 import pytest
 from PIL import Image
@@ -92,6 +93,25 @@ def test_history_config_and_pictures_are_found_and_jobs_are_apart(tmp_path):
         assert run_id == (tmp_path / name / "wandb_id.txt").read_text().strip()
         ids.append(run_id)
     assert ids[0] != ids[1]
+
+
+def test_an_offline_run_says_how_to_upload_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    close_loggers([job(tmp_path / "a", 0.5, picture=False)])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
+    folder = line.removeprefix("W&B offline: upload with  wandb sync ")
+    assert folder.startswith("a/wandb/offline-run-") and list((tmp_path / folder).glob("*.wandb"))
+
+
+def test_looking_for_an_account_warns_of_nothing(monkeypatch, tmp_path):
+    from diffusion_lab.loggers import wandb as ours
+
+    for key in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ours._mode(None) == "offline"
 
 
 def test_a_resumed_job_keeps_its_id(tmp_path):

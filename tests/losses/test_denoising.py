@@ -113,11 +113,27 @@ def test_loss_estimates_the_closed_form_on_random_batches():
 
 def test_given_levels_are_used():
     denoiser = NetworkDenoiser(network=Nonlinear(), interpolant=VariancePreserving(), prediction=V())
-    loss = DenoisingLoss(schedule=Cosine(), weighting=ELBO())
+    loss = DenoisingLoss(schedule=Cosine(logsnr_min=-15, logsnr_max=15), weighting=SigmoidWeighting(bias=0.5))
     logsnr = torch.tensor([1.0, 2.0, 3.0], dtype=D64)
-    terms = loss(denoiser, torch.zeros(3, 4), None, rng(3), logsnr=logsnr)
+    x0 = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=D64)
+    terms = loss(denoiser, x0, None, rng(3), logsnr=logsnr)
     assert torch.equal(terms.logsnr, logsnr) and terms.per_example.shape == (3,)
     torch.testing.assert_close(terms.total, terms.per_example.mean())
+    # half w / p, written out: p of the clipped cosine is sech(l / 2) over four times its range of angles
+    angles = math.atan(math.exp(7.5)) - math.atan(math.exp(-7.5))
+    ratio = 1 / (1 + torch.exp(logsnr - 0.5)) * torch.cosh(logsnr / 2) * 4 * angles
+    error = eps_error(denoiser, x0, rng(3).randn("noise", (4,), dtype=D64), logsnr)
+    torch.testing.assert_close(terms.per_example, 0.5 * ratio * error, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D64], ids=str)
+def test_given_levels_are_weighted_as_the_drawn_ones(dtype):
+    denoiser = NetworkDenoiser(network=Nonlinear(), interpolant=VariancePreserving(), prediction=V())
+    loss = DenoisingLoss(schedule=Cosine(), weighting=ELBO())
+    x0 = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    drawn = loss(denoiser, x0, None, rng(8))
+    given = loss(denoiser, x0, None, rng(8), logsnr=drawn.logsnr)
+    assert torch.equal(given.per_example, drawn.per_example) and torch.equal(given.total, drawn.total)
 
 
 def test_processes_together_see_one_batch():

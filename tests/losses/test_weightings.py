@@ -46,6 +46,17 @@ class FlowTime:
         (MinSNR(gamma=5.0, schedule=WIDE), density * torch.clamp(5 * torch.exp(-LOGSNR), max=1)),
         (P2(k=1.0, gamma=1.0, schedule=WIDE), density / (1 + torch.exp(LOGSNR))),
         (TruncatedSNR(schedule=WIDE), density * torch.clamp(torch.exp(-LOGSNR), min=1)),
+        # the same with other parameters than the papers'
+        (MinSNR(gamma=2.0, schedule=WIDE), density * torch.clamp(2 * torch.exp(-LOGSNR), max=1)),
+        (P2(k=0.3, gamma=0.5, schedule=WIDE), density / torch.sqrt(0.3 + torch.exp(LOGSNR))),
+        (SigmoidWeighting(bias=-1.5), 1 / (1 + torch.exp(LOGSNR + 1.5))),
+        (
+            EDMWeighting(p_mean=-0.4, p_std=1.0, sigma_data=0.8),
+            torch.exp(-0.5 * ((LOGSNR - 0.8) / 2.0) ** 2)
+            / (2.0 * math.sqrt(2 * math.pi))
+            * (torch.exp(-LOGSNR) + 0.64)
+            / 0.64,
+        ),
         (
             EDMWeighting(sigma_data=0.5),
             torch.exp(-0.5 * ((LOGSNR - 2.4) / 2.4) ** 2)

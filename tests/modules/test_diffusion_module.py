@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny_training import BATCH, assert_equal, everything, fit, make_module
 
+from diffusion_lab.callbacks.base import StepCallback
 from diffusion_lab.modules import LinearDecay, NonFiniteLoss, RunError
 
 
@@ -70,6 +71,37 @@ def test_averages_are_their_own_tensors_and_the_checkpoint_has_both(tmp_path):
     assert "loops" not in checkpoint and "hyper_parameters" not in checkpoint
     assert not any("averages" in key or "ema" in key for key in module.state_dict())
     assert trainer.callbacks[-1].__class__.__name__ == "Checkpoints"
+
+
+class Weights(StepCallback):
+    """Records the first layer's weights after each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step(self, trainer, module):
+        self.seen.append(module.denoiser.network.layers[0].weight.detach().double().clone())
+
+
+def test_averages_follow_the_papers_decay_on_the_clock(tmp_path):
+    live, module = Weights(), make_module()
+    start = module.denoiser.network.layers[0].weight.detach().double().clone()
+    fit(tmp_path, 12 * BATCH, module=module, extra=[live])
+    assert len(live.seen) == 12
+    ema, power = start, start
+    for k, weight in enumerate(live.seen, 1):
+        n = k * BATCH
+        # Karras et al. 2022, appendix F.2: the half-life in images, at most a twentieth of those seen
+        decay = 0.5 ** (BATCH / min(50, 0.05 * n))
+        ema = decay * ema + (1 - decay) * weight
+        # Karras et al. 2024, section 3: gamma = 6.937 for sigma_rel = 0.1
+        decay = (1 - 1 / k) ** (6.937204 + 1)
+        power = decay * power + (1 - decay) * weight
+    for name, expected in (("ema", ema), ("power", power)):
+        got = module.averages[name].network.layers[0].weight.double()
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+        # and that is far from what the neighbouring rules would give
+        assert float((got - live.seen[-1]).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("options", [{"global_batch_size": BATCH + 1}, {"global_batch_size": 2 * BATCH}])

@@ -29,6 +29,12 @@ def test_cosine_is_a_cosine():
     assert CosineDecay(max_images=400)(100) == pytest.approx((1 + 2**-0.5) / 2)
 
 
+def test_linear_is_a_line():
+    # a quarter of the way from 1 to 0.2
+    assert LinearDecay(max_images=400, final=0.2)(100) == pytest.approx(0.8)
+    assert LinearDecay(max_images=500, warmup_images=100)(200) == pytest.approx(0.75)
+
+
 @pytest.mark.parametrize(
     "make",
     [

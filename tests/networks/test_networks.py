@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from diffusion_lab.networks import MLP, UNet
 from diffusion_lab.networks import layers as layers_module
 from diffusion_lab.networks.embeddings import LabelEmbedding, LogSNREmbedding
+from diffusion_lab.networks.mlp import PerceptronBlock
 
 
 def unet(**options):
@@ -202,6 +203,67 @@ def test_blocks_answer_the_same_in_both_memory_layouts(kind):
     innermost = x.contiguous(memory_format=torch.channels_last)
     assert x.stride() != innermost.stride()
     torch.testing.assert_close(block(innermost, *given), block(x, *given), rtol=1e-10, atol=1e-12)
+
+
+def test_attention_is_the_softmax_of_scaled_products_and_a_residual():
+    block = awake(layers_module.AttentionBlock(channels=16, head_channels=8)).double()
+    x = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    q, k, v = block.qkv(block.norm(x)).flatten(2).split(16, dim=1)
+    heads = []
+    for h in (slice(0, 8), slice(8, 16)):
+        weights = torch.softmax(torch.einsum("bci,bcj->bij", q[:, h], k[:, h]) / math.sqrt(8), dim=-1)
+        heads.append(torch.einsum("bij,bcj->bci", weights, v[:, h]))
+    expected = x + block.out(torch.cat(heads, 1).view_as(x))
+    torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", ["none", "down", "up"])
+@pytest.mark.parametrize("outputs", [8, 16])
+def test_residual_block_is_adms(change, outputs):
+    block = layers_module.ResidualBlock(
+        in_channels=16, out_channels=outputs, embedding=8, dropout=0.0, change=change
+    )
+    block = awake(block).double()
+    g = torch.Generator().manual_seed(3)
+    x, embedding = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((2, 16, 4, 6), (2, 8)))
+
+    def sized(x):
+        if change == "down":  # averages of two by two
+            return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+        return x if change == "none" else x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    h = block.norm_out(block.conv_in(sized(F.silu(block.norm_in(x)))))
+    scale, shift = (c[:, :, None, None] for c in block.modulation(embedding).split(outputs, dim=1))
+    expected = block.skip(sized(x)) + block.conv_out(F.silu((1 + scale) * h + shift))
+    torch.testing.assert_close(block(x, embedding), expected, rtol=1e-10, atol=1e-12)
+    assert outputs == 8 or torch.equal(block.skip(x), x)
+
+
+def test_perceptron_block_is_what_its_docstring_says():
+    block = awake(PerceptronBlock(width=8)).double()
+    g = torch.Generator().manual_seed(3)
+    h, embedding = (torch.randn(3, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    scale, shift = block.modulation(embedding).split(8, dim=1)
+    inner = block.linear_in(h)
+    normal = inner - inner.mean(1, keepdim=True)
+    normal = normal / torch.sqrt(normal.square().mean(1, keepdim=True) + block.norm.eps)
+    expected = h + block.linear_out(F.silu((1 + scale) * normal + shift))
+    torch.testing.assert_close(block(h, embedding), expected, rtol=1e-10, atol=1e-12)
+
+
+@each
+def test_every_modulation_sees_the_embedding_through_its_activation(make, shape):
+    network, seen = awake(make()), []
+    for name, module in network.named_modules():
+        if name.endswith("modulation"):
+            module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    x, logsnr, cond = inputs(shape=shape)
+    network(x, logsnr, cond)
+    embedding = network.level_embedding(logsnr) + network.label_embedding.table(cond["label"])
+    expected = embedding * torch.sigmoid(embedding)
+    assert len(seen) == sum(name.endswith("modulation") for name, _ in network.named_modules())
+    for given in seen:
+        torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_level_features_tell_levels_apart():

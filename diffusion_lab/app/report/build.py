@@ -7,23 +7,18 @@ error. The page holds all it shows: no network, no other file.
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
-from PIL import Image
 
 from diffusion_lab.app import record
 from diffusion_lab.app.display import clock, newest, read_metrics
-from diffusion_lab.app.report import figures
+from diffusion_lab.app.report import figures, page
 from diffusion_lab.app.report.charts import charts
 from diffusion_lab.app.run import RunFolder, write_atomically
 
@@ -43,7 +38,6 @@ def write_report(folder: RunFolder) -> Path:
     stored = OmegaConf.to_container(OmegaConf.load(folder.config)) if folder.config.is_file() else {}
     config = {str(key): value for key, value in stored.items()} if isinstance(stored, dict) else {}
     told = record.read(folder.record)
-    page = Template(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     name, run_id = str(config.get("name", "run")), folder.path.resolve().name
     rows = read_metrics(folder.metrics_csv)
     sections = [
@@ -53,13 +47,15 @@ def write_report(folder: RunFolder) -> Path:
         _reproduce(told),
         _details(config, told),
     ]
-    text = page.substitute(
-        title=html.escape(f"{name} {run_id}"),
-        heading=html.escape(name),
-        status=html.escape(str(told.get("status", "unknown"))),
+    status = str(told.get("status", "unknown"))
+    text = page.render(
+        title=f"{name} {run_id}",
+        heading=name,
+        status=status,
+        kind=status,
         subtitle=_subtitle(config, run_id),
         facts=_facts(config, told, rows),
-        sections="\n".join(part for part in sections if part),
+        sections=sections,
     )
     write_atomically(folder.report, text)
     return folder.report
@@ -75,10 +71,12 @@ def _subtitle(config: Mapping[str, Any], run_id: str) -> str:
         for key in ("dataset", "model", "interpolant", "schedule", "prediction")
         if choices.get(key)
     ]
-    return html.escape(" · ".join([f"run {run_id}", *named]))
+    return " · ".join([f"run {run_id}", *named])
 
 
-def _facts(config: Mapping[str, Any], told: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> str:
+def _facts(
+    config: Mapping[str, Any], told: Mapping[str, Any], rows: Sequence[Mapping[str, float]]
+) -> dict[str, str | None]:
     session = (told.get("sessions") or [{}])[-1]
     git = session.get("git") or {}
     commit = (
@@ -90,7 +88,7 @@ def _facts(config: Mapping[str, Any], told: Mapping[str, Any], rows: Sequence[Ma
     speed = newest(rows, "images_per_s")
     sessions = len(told.get("sessions") or [])
     seconds = record.training_seconds(told)
-    facts = {
+    return {
         "images seen": f"{int(seen):,} of {config.get('max_images', 0):,}" if seen else None,
         "time": f"{clock(seconds)}{f' in {sessions} sessions' if sessions > 1 else ''}" if seconds else None,
         "speed": f"{speed:,.0f} images/s" if speed else None,
@@ -101,9 +99,6 @@ def _facts(config: Mapping[str, Any], told: Mapping[str, Any], rows: Sequence[Ma
         "commit": commit,
         "started": str(told.get("created", ""))[:19].replace("T", " "),
     }
-    return "".join(
-        f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items() if v
-    )
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------
@@ -113,10 +108,11 @@ def _metrics(folder: RunFolder) -> str:
     evaluations = record.read_evaluations(folder.metrics_json)
     if not evaluations:
         return ""
-    last = evaluations[-1]
-    cards = "".join(_number(item) for item in last["records"])
+    # a trial with few samples must not take the place of a score that may be quoted
+    quotable = [item for item in evaluations if not any(map(_deviations, item["records"]))]
+    cards = "".join(_number(item) for item in (quotable or evaluations)[-1]["records"])
     lines = "".join(_protocol_line(evaluation) for evaluation in reversed(evaluations))
-    return _section(
+    return page.section(
         "Scores",
         f'<div class="numbers">{cards}</div>'
         '<div class="scroll"><table><thead><tr><th>measure</th><th class="right">value</th>'
@@ -132,8 +128,14 @@ def _number(item: Mapping[str, Any]) -> str:
             "for real training images, the floor" if item["metric"] == "frechet" else "for real test images"
         )
         beside = f"<small>{html.escape(_value(item, 'real'))} {kind}</small>"
-    label, value = html.escape(item["label"]), _value(item, "value")
-    return f'<div class="number"><small>{label}</small><b>{value}</b>{beside}</div>'
+    label, value, deviations = html.escape(item["label"]), _value(item, "value"), _deviations(item)
+    warn = f'<small class="warn">deviates: {html.escape(deviations)}</small>' if deviations else ""
+    return f'<div class="number"><small>{label}</small><b>{value}</b>{beside}{warn}</div>'
+
+
+def _deviations(item: Mapping[str, Any]) -> str:
+    """Return how a record deviates from its protocol, in words."""
+    return str(item.get("conditions", "")).partition(" | DEVIATES: ")[2]
 
 
 def _value(item: Mapping[str, Any], key: str) -> str:
@@ -145,7 +147,8 @@ def _value(item: Mapping[str, Any], key: str) -> str:
 def _protocol_line(evaluation: Mapping[str, Any]) -> str:
     cells = []
     for item in evaluation["records"]:
-        conditions, _, deviations = str(item.get("conditions", "")).partition(" | DEVIATES: ")
+        conditions = str(item.get("conditions", "")).partition(" | DEVIATES: ")[0]
+        deviations = _deviations(item)
         warn = f'<br><span class="warn">deviates: {html.escape(deviations)}</span>' if deviations else ""
         source = item.get("source") or {}
         nfe = source.get("nfe")
@@ -170,30 +173,35 @@ def _samples(folder: RunFolder, config: Mapping[str, Any]) -> str:
     figure_list = []
     if grids:
         figure_list.append(
-            _picture(grids[-1], f"Samples at {_images(grids[-1]):,} images seen, every column a class.")
+            page.picture(
+                grids[-1].read_bytes(),
+                f"Samples at {_images(grids[-1]):,} images seen, every column a class.",
+            )
         )
     elif drawn:
-        figure_list.append(_picture(drawn[-1], f"Samples ({drawn[-1].parent.name})."))
+        figure_list.append(page.picture(drawn[-1].read_bytes(), f"Samples ({drawn[-1].parent.name})."))
     if len(config.get("shape") or []) != 3 and figure_list:
         figure_list[0] = figure_list[0].replace(", every column a class", "")
     real = _real(folder, config) if figure_list else None
     if real is not None:
-        figure_list.append(_picture(real, "Real test examples, laid out alike."))
+        figure_list.append(page.picture(real.read_bytes(), "Real test examples, laid out alike."))
     parts = [f'<div class="pair">{"".join(figure_list)}</div>'] if figure_list else []
     if paths:
         caption = (
             "From noise (left) to sample (right): the prediction of x0 at several steps, one sample a row."
         )
-        parts.append(f'<div class="way">{_picture(paths[-1], caption)}</div>')
+        parts.append(f'<div class="way">{page.picture(paths[-1].read_bytes(), caption)}</div>')
     if len(grids) > 2:
         chosen = [grids[round(i * (len(grids) - 1) / 3)] for i in range(3)] if len(grids) > 3 else grids[:-1]
         early = "".join(
-            _picture(p, f"{_images(p):,} images") for p in dict.fromkeys(chosen) if p != grids[-1]
+            page.picture(p.read_bytes(), f"{_images(p):,} images")
+            for p in dict.fromkeys(chosen)
+            if p != grids[-1]
         )
         parts.append(
             f'<details><summary>The same seeds earlier in training</summary><div class="pair">{early}</div></details>'
         )
-    return _section("Samples", "".join(parts)) if parts else ""
+    return page.section("Samples", "".join(parts)) if parts else ""
 
 
 def _images(path: Path) -> int:
@@ -246,26 +254,12 @@ def by_class(labels: np.ndarray | None, n: int, num_classes: int) -> list[int]:
     return [int(of_class[k][row]) for row in range(rows) for k in range(num_classes)]
 
 
-def _picture(path: Path, caption: str) -> str:
-    """Embed a picture, enlarged by whole pixels where it is small."""
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as picture:
-        small = picture.width < 1600
-        size = f'width="{picture.width}" height="{picture.height}"'
-    coded = base64.b64encode(data).decode()
-    kind = ' class="pixels"' if small else ""
-    return (
-        f'<figure><img{kind} {size} alt="{html.escape(caption)}" src="data:image/png;base64,{coded}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
-
-
 def _training(folder: RunFolder, rows: Sequence[Mapping[str, float]]) -> str:
     cards = "".join(
         f'<figure class="card">{chart}<figcaption>{html.escape(caption)}</figcaption></figure>'
         for chart, caption in charts(folder, rows)
     )
-    return _section("Training", f'<div class="charts">{cards}</div>') if cards else ""
+    return page.section("Training", f'<div class="charts">{cards}</div>') if cards else ""
 
 
 # ---- the end ---------------------------------------------------------------------------------------------
@@ -278,7 +272,7 @@ def _reproduce(told: Mapping[str, Any]) -> str:
     git = session.get("git") or {}
     checkout = f"git checkout {git['commit']}\n" if git.get("commit") else ""
     dirty = '<p class="warn">The working tree had uncommitted changes.</p>' if git.get("dirty") else ""
-    return _section(
+    return page.section(
         "Reproduce", f'<pre class="wrap"><code>{html.escape(checkout + told["command"])}</code></pre>{dirty}'
     )
 
@@ -292,14 +286,10 @@ def _details(config: Mapping[str, Any], told: Mapping[str, Any]) -> str:
     )
     text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
     record_text = json.dumps(told, indent=2, default=str)
-    return _section(
+    return page.section(
         "Details",
         f'<details><summary>Options chosen</summary><div class="scroll"><table>{chosen}</table></div></details>'
         f"<details><summary>Config, resolved</summary><pre><code>{html.escape(text)}</code></pre></details>"
         "<details><summary>Record: versions, hardware, sessions</summary>"
         f"<pre><code>{html.escape(record_text)}</code></pre></details>",
     )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"

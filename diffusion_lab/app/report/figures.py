@@ -7,8 +7,10 @@ light and the dark page. Texts stay texts, so the file is small and can be searc
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image
 
 # stand-ins, found again in the SVG
 INK, FAINT, LINE = "#010203", "#0a0b0c", "#0d0e0f"
-SERIES = ["#a10001", "#a10002", "#a10003", "#a10004"]
+SERIES = [f"#a1000{k}" for k in range(1, 9)]
 VARIABLES = {
     INK: "--ink",
     FAINT: "--faint",
@@ -55,6 +57,7 @@ STYLE: Any = {
     "lines.solid_capstyle": "round",
 }
 SIZE = (5.6, 2.9)
+MARKERS = "osD^vPX*"
 
 
 def tile(images: np.ndarray, columns: int, *, smallest: int = 480, gap: int = 1) -> Image.Image:
@@ -177,6 +180,85 @@ def _plain_log_axis(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+@dataclass(frozen=True)
+class Series:
+    """Points of one kind: label, coordinates, and the numbers of their colour and marker."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int
+    marker: int = 0
+
+
+def scatter_chart(
+    name: str,
+    series: Sequence[Series],
+    *,
+    labels: tuple[str, str],
+    best: tuple[float, float] | None = None,
+    floor: float | None = None,
+) -> str:
+    """Draw what was reached against what it cost, the points of one series joined.
+
+    Logarithmic axes: where costs span more than a factor of 5, results (with the floor) more than 20.
+
+    Args:
+        name: Id of the chart on the page.
+        series: The points.
+        labels: Of both axes.
+        best: The point to mark.
+        floor: A level to draw as a line: that of real data.
+    """
+    import matplotlib as mpl
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    every_x = sorted({x for one in series for x in one.x})
+    levels = [y for one in series for y in one.y] + ([floor] if floor is not None else [])
+    with mpl.rc_context({**STYLE, "axes.grid.axis": "both", "font.size": 11.5}):
+        figure, axes = _figure(9.2, 4.1)
+        for one in series:
+            axes.plot(
+                *zip(*sorted(zip(one.x, one.y, strict=True)), strict=True),
+                color=SERIES[one.colour % len(SERIES)],
+                marker=MARKERS[one.marker % len(MARKERS)],
+                markersize=7,
+                linewidth=1.4,
+                label=one.label,
+            )
+        if min(every_x) > 0 and max(every_x) >= 5 * min(every_x):
+            axes.set_xscale("log")
+        if min(levels) > 0 and max(levels) > 20 * min(levels):
+            axes.set_yscale("log")
+            _plain_log_axis(axes)
+        else:
+            axes.set_ylim(bottom=min(0.0, *levels), top=1.08 * max(levels))
+        if best is not None:
+            axes.plot(
+                *best, "o", markersize=15, fillstyle="none", color=INK, markeredgewidth=1.3, label="best"
+            )
+        if floor is not None:
+            axes.axhline(floor, color=FAINT, linewidth=1.2, linestyle=(0, (5, 3)), label="real data")
+        if len(every_x) <= 12:
+            axes.xaxis.set_major_locator(FixedLocator(_apart(every_x, axes.get_xscale() == "log")))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.margins(x=0.06)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        figure.legend(loc="outside right upper", labelspacing=0.7)
+        return svg(figure, name)
+
+
+def _apart(values: Sequence[float], log: bool) -> list[float]:
+    """Leave out values whose labels would touch that of the one before."""
+    scale = math.log if log else float
+    kept = [values[0]]
+    for value in values[1:]:
+        if scale(value) - scale(kept[-1]) >= 0.05 * (scale(values[-1]) - scale(values[0])):
+            kept.append(value)
+    return kept
+
+
 def noise_level_chart(name: str, title: str, rounds: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> str:
     """Draw the loss over log-SNR, an early measurement, a middle one and the last.
 
@@ -210,19 +292,23 @@ def noise_level_chart(name: str, title: str, rounds: Sequence[tuple[int, np.ndar
         return svg(figure, name)
 
 
-def points_png(sets: Sequence[tuple[str, np.ndarray, np.ndarray | None]], *, most: int = 4000) -> bytes:
+def points_png(
+    sets: Sequence[tuple[str, np.ndarray, np.ndarray | None]],
+    *,
+    most: int = 4000,
+    extent: tuple[float, float] | None = None,
+) -> bytes:
     """Draw sets of points side by side on the same axes, coloured by label.
 
     Args:
         sets: Title, points `(N, D)` of which the first two coordinates are drawn, labels `(N,)` or None.
         most: Points drawn of each set.
+        extent: Lower and upper end of both axes; None takes that of the points.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    everything = np.concatenate([points[:most] for _, points, _ in sets])
-    low, high = (np.percentile(everything, q) for q in (0.2, 99.8))
-    room = 0.1 * (high - low) + 1e-6
+    low, high = extent or points_extent([points[:most] for _, points, _ in sets])
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(4.2 * len(sets), 4.2), layout="constrained", dpi=130)
         figure.patch.set_facecolor("white")
@@ -234,7 +320,7 @@ def points_png(sets: Sequence[tuple[str, np.ndarray, np.ndarray | None]], *, mos
             axes.scatter(
                 xy[:, 0],
                 xy[:, 1],
-                s=2.5,
+                s=2.5 * min(3.0, max(1.0, 2000 / len(xy))),
                 c=colours,
                 cmap="tab10",
                 vmin=0,
@@ -242,8 +328,8 @@ def points_png(sets: Sequence[tuple[str, np.ndarray, np.ndarray | None]], *, mos
                 linewidths=0,
             )
             axes.set(
-                xlim=(low - room, high + room),
-                ylim=(low - room, high + room),
+                xlim=(low, high),
+                ylim=(low, high),
                 aspect="equal",
                 xticks=[],
                 yticks=[],
@@ -255,3 +341,10 @@ def points_png(sets: Sequence[tuple[str, np.ndarray, np.ndarray | None]], *, mos
         out = io.BytesIO()
         figure.savefig(out, format="png")
     return out.getvalue()
+
+
+def points_extent(sets: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Return the ends of axes on which nearly all points of all sets have room."""
+    low, high = np.percentile(np.concatenate([points.ravel() for points in sets]), [0.2, 99.8])
+    room = 0.1 * (high - low) + 1e-6
+    return float(low - room), float(high + room)

@@ -166,8 +166,9 @@ class InterpolatedCosine:
 
     def __call__(self, u: Tensor) -> Tensor:
         """See `Schedule`."""
-        # lerp keeps the ends exact where a plain sum would meet 0 * inf
-        return torch.lerp(self._shifted(self.low)(u), self._shifted(self.high)(u), u)
+        low, high = self._shifted(self.low)(u), self._shifted(self.high)(u)
+        # equal ends may be infinite, where lerp meets inf - inf
+        return torch.where(low == high, low, torch.lerp(low, high, u))
 
     def _slope(self, u: Tensor) -> Tensor:
         low, high = self._shifted(self.low), self._shifted(self.high)

@@ -74,14 +74,14 @@ class LinearBeta:
     def __call__(self, u: Tensor) -> Tensor:
         """See `Schedule`."""
         s = self.s_min + u * (1.0 - self.s_min)
-        B = self.beta_min * s + 0.5 * (self.beta_max - self.beta_min) * s**2
+        B = s * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * s)
         # log(expm1(B)) without overflow: B + log(1 - exp(-B))
         return -(B + torch.log(-torch.expm1(-B)))
 
     def _s(self, B: Tensor) -> Tensor:
-        # the positive root of (b1 - b0)/2 s^2 + b0 s - B, in the form without cancellation
-        root = torch.sqrt(self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * B)
-        return 2.0 * B / (self.beta_min + root)
+        # the positive root of (b1 - b0)/2 s^2 + b0 s - B, in a form without cancellation, inf / inf or 0 / 0
+        ratio = self.beta_min / B if self.beta_min > 0.0 else torch.zeros_like(B)
+        return 2.0 / (ratio + torch.sqrt(ratio**2 + 2.0 * (self.beta_max - self.beta_min) / B))
 
     def inverse(self, logsnr: Tensor) -> Tensor:
         """See `Schedule`."""
