@@ -31,7 +31,7 @@ SHAPES = {"100 x 1 x 8 x 8": (100, 1, 8, 8), "16 x 3 x 64 x 64": (16, 3, 64, 64)
 K_DIFFUSION = {
     "euler": ("sample_euler", {}),
     "heun": ("sample_heun", {}),
-    "edm": ("sample_heun", {"s_churn": 10.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}),
+    "edm": ("sample_heun", {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}),
     "ddpm": ("sample_euler_ancestral", {}),
     "dpmpp_2m": ("sample_dpmpp_2m", {}),
     "dpmpp_2s": ("sample_dpmpp_2s_ancestral", {"eta": 0.0}),

@@ -2,12 +2,13 @@
 
     exact     ten Gaussians in 64 dimensions, the classes of scikit-learn's digits, with their exact denoiser: root mean
               square error against the ODE's solution (deterministic samplers) and Fréchet distance of 2,048
-              samples to the mixture's own moments (all samplers)
+              samples to the mixture's own moments (all samplers; the mean of four draws for those that draw noise)
     digits    Fréchet distance of samples of the quickstart's model, trained with three seeds
     mnist     the same on a model of MNIST, three sampling seeds; needs DIFFUSION_LAB_DATA
 
 Cost is counted in evaluations of the denoiser (NFE), one with a forward-mode derivative as two; for each budget a
-sampler takes the most steps that fit. Everybody starts from the same noise on the same grid of equal steps in log-SNR.
+sampler takes the most steps that fit. The rows "(derivative free)" count that one once. Everybody starts from the same
+noise on the same grid of equal steps in log-SNR.
 
     python benchmarks/samplers.py exact digits mnist [--runs runs/benchmarks] [--workers 2]
 
@@ -48,6 +49,7 @@ from diffusion_lab.typing import Cond
 
 BUDGETS = (5, 8, 10, 15, 20, 50)
 ENDS = (-10.0, 10.0)
+FREE = " (derivative free)"
 # they choose their own number of evaluations, trade it for rounds in parallel, or want a model with a learned variance
 LEFT_OUT = {"adaptive_rk", "paradigms", "iddpm"}
 ON_MNIST = (
@@ -69,13 +71,13 @@ def samplers() -> dict[str, Any]:
 
 
 class Costing:
-    """A denoiser that counts its evaluations, one that is differentiated as two."""
+    """A denoiser that counts its evaluations, one that is differentiated as `dual`."""
 
-    def __init__(self, denoiser: Any) -> None:
-        self.interpolant, self.denoiser, self.cost = denoiser.interpolant, denoiser, 0
+    def __init__(self, denoiser: Any, dual: int) -> None:
+        self.interpolant, self.denoiser, self.dual, self.cost = denoiser.interpolant, denoiser, dual, 0
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
-        self.cost += 2 if is_dual(x) else 1
+        self.cost += self.dual if is_dual(x) else 1
         return self.denoiser(x, logsnr, cond)
 
 
@@ -88,18 +90,18 @@ class Shrink:
         return 0.5 * x
 
 
-def cost(sampler: Any, steps: int) -> int:
-    """Return the evaluations that a grid of `steps` steps costs."""
-    counting = Costing(Shrink())
+def cost(sampler: Any, steps: int, dual: int = 2) -> int:
+    """Return the evaluations that a grid of `steps` steps costs, one with a derivative counted as `dual`."""
+    counting = Costing(Shrink(), dual)
     sampler(counting, torch.zeros(1, 1, 8, 8), log_grid(steps), rng=SampleRNG([0]))
     return counting.cost
 
 
-def steps_within(sampler: Any, budget: int) -> int | None:
+def steps_within(sampler: Any, budget: int, dual: int = 2) -> int | None:
     """Return the most steps whose cost fits the budget, or None if not even one does."""
     best = None
     for steps in range(1, budget + 1):
-        if cost(sampler, steps) > budget:
+        if cost(sampler, steps, dual) > budget:
             break
         best = steps
     return best
@@ -175,16 +177,23 @@ def exact(_: argparse.Namespace) -> None:
             if steps is None:
                 continue
             grid = log_grid(steps)
-            runs: dict[str, Callable[[Tensor, int], Tensor]] = {
-                "diffusion_lab": lambda x, n, s=sampler, g=grid: s(problem, x, g, rng=SampleRNG(range(n)))
+            runs: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+                "diffusion_lab": lambda x, n, seed, s=sampler, g=grid: s(
+                    problem, x, g, rng=SampleRNG(range((seed + 1) * n, (seed + 2) * n))
+                )
             }
             for library, peer in PEERS.get(name, {}).items():
-                runs[library] = lambda x, n, p=peer, g=grid: p(problem, x, g, None, 0)
+                runs[library] = lambda x, n, seed, p=peer, g=grid: p(problem, x, g, None, seed)
             for library, run in runs.items():
                 row = {"sampler": name, "by": library, "NFE": cost(probe, steps), "budget": budget}
-                row["FD@2048"] = frechet_distance(*sample_moments(run(start, 2048)), mean, cov)
-                if not getattr(sampler, "stochastic", False):
-                    row["RMSE"] = float((run(few, 256) - truth).square().mean().sqrt())
+                noisy = getattr(sampler, "stochastic", False)
+                found_distances = [
+                    frechet_distance(*sample_moments(run(start, 2048, seed)), mean, cov)
+                    for seed in range(4 if noisy else 1)
+                ]
+                row["FD@2048"] = statistics.mean(found_distances)
+                if not noisy:
+                    row["RMSE"] = float((run(few, 256, 0) - truth).square().mean().sqrt())
                 rows.append(row)
                 found[name, library, budget] = row.get("RMSE", row["FD@2048"])
         print(name, "done", flush=True)
@@ -331,28 +340,29 @@ def fitted_on_run(folder: Path, name: str) -> Any:
 def on_model(part: str, options: argparse.Namespace) -> None:
     """Fréchet distance by cost on trained models."""
     torch.set_num_threads(1)
-    seeds, n = range(3), options.n or (1000 if part == "digits" else 400)
+    seeds, n = range(3), options.n or (400 if part == "digits" else 256)
     folders = {seed: trained(options.runs, part, seed if part == "digits" else 0) for seed in seeds}
     budgets = BUDGETS if part == "digits" else BUDGETS[:-1]
     tasks: list[tuple[Any, ...]] = []
-    for name, sampler in samplers().items():
-        if part == "mnist" and name not in ON_MNIST:
-            continue
+    contenders = [(name, name, 2) for name in samplers() if part == "digits" or name in ON_MNIST]
+    contenders.append(("covariance" + FREE, "covariance", 1))
+    for label, name, dual in contenders:
+        sampler = samplers()[name]
         probe = sampler if getattr(sampler, "fitted", True) else samplers()["ddim"]
-        for budget in budgets:
-            steps = steps_within(probe, budget)
+        for budget in budgets if dual == 2 else (5, 8, 10):
+            steps = steps_within(probe, budget, dual)
             if steps is None:
                 continue
             for grid in GRIDS if budget <= 20 else ("logsnr",):
                 peers = PEERS.get(name, {}) if grid == "logsnr" and budget == 10 else {}
                 tasks += [
-                    (name, library, budget, cost(probe, steps), steps, grid, seed)
+                    (label, library, budget, cost(probe, steps, dual), steps, grid, seed)
                     for library in ("diffusion_lab", *peers)
                     for seed in seeds
                 ]
     for seed in seeds:
         fitted_on_run(folders[seed], "dpm_solver_v3")
-    calls = [(folders[t[-1]], t[0], t[1], t[4], t[5], t[6], n) for t in tasks]
+    calls = [(folders[t[-1]], t[0].removesuffix(FREE), t[1], t[4], t[5], t[6], n) for t in tasks]
     with ProcessPoolExecutor(options.workers) as pool:
         distances = []
         for k, found in enumerate(pool.map(distance, *zip(*calls, strict=True), chunksize=4)):

@@ -10,6 +10,8 @@ without a copy, a synchronisation or a change of dtype, so a sampler can keep it
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,3 +45,24 @@ def expand_logsnr(logsnr: Tensor, x: Tensor) -> Tensor:
     if logsnr.ndim == 0:
         return torch.full((x.shape[0],), float(logsnr), dtype=dtype, device=x.device)
     return logsnr.to(device=x.device, dtype=dtype)
+
+
+def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """Return `a x + b y` for levels' coefficients `a`, `b` of the same number of axes; one pass less over 0-d ones."""
+    if a.ndim == 0 and b.ndim == 0:
+        return torch.add(x * a, y, alpha=float(b))
+    return broadcast_right(a, x) * x + broadcast_right(b, y) * y
+
+
+def scaled_add(y: Tensor, a: Tensor, x: Tensor) -> Tensor:
+    """Return `y + a x` for a level's coefficient `a`, in one pass where it is 0-d."""
+    if a.ndim == 0:
+        return torch.add(y, x, alpha=float(a))
+    return y + broadcast_right(a, x) * x
+
+
+def is_infinite(logsnr: Tensor, sign: int) -> bool:
+    """Whether all levels are +inf (`sign` 1) or -inf (`sign` -1)."""
+    if logsnr.ndim == 0:
+        return float(logsnr) == sign * math.inf
+    return bool((logsnr == sign * math.inf).all())

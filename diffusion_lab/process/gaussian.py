@@ -4,6 +4,7 @@ r"""The Gaussian process in one coordinate: marginals, posteriors and DDIM maps 
     posterior       q(x_next | x, x0) = N( r (alpha_next / alpha) x + (1 - r) alpha_next x0,  (1 - r) sigma_next^2 I )
                     with r = exp(logsnr - logsnr_next) in [0, 1]; logsnr_next >= logsnr is the cleaner level
     DDIM map        x_next = alpha_next x0 + (sigma_next / sigma) (x - alpha x0)
+                           = (alpha_next - alpha sigma_next / sigma) x0 + (sigma_next / sigma) x
     add noise       x_hat = (alpha_hat / alpha) x + sigma_hat sqrt(1 - exp(logsnr_hat - logsnr)) z
     inverse         x0 = (x_next - (sigma_next / sigma) x) / (alpha_next - alpha sigma_next / sigma)
 
@@ -29,8 +30,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusion_lab.process.broadcast import broadcast_right
-from diffusion_lab.process.interpolants import Interpolant
+from diffusion_lab.process.broadcast import broadcast_right, combine
+from diffusion_lab.process.interpolants import Interpolant, at_levels
 
 
 def coefficients(interpolant: Interpolant, logsnr: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,19 +72,22 @@ def posterior(
         `(mean, var_lower, var_upper)`: `mean` like `x`; the variances shaped to multiply `x`. At `logsnr_next = +inf`
         the mean is `x0` and `var_lower` zero.
     """
+    of_x, of_x0, lower, upper = at_levels(_posterior_coefficients, interpolant, logsnr, logsnr_next)
+    return combine(of_x0, x0, of_x, x), broadcast_right(lower, x), broadcast_right(upper, x)
+
+
+def _posterior_coefficients(
+    interpolant: Interpolant, logsnr: Tensor, logsnr_next: Tensor
+) -> tuple[Tensor, ...]:
+    """Return what x and x0 are multiplied with in the mean, and both variances."""
     alpha, sigma = interpolant(logsnr)
     alpha_next, sigma_next = interpolant(logsnr_next)
     ratio = sigma_next / sigma
     # r = exp(logsnr - logsnr_next); equal infinities mean "no step", for which r is 1
     gap = torch.where(logsnr == logsnr_next, torch.zeros_like(logsnr), logsnr - logsnr_next)
     one_minus_r = -torch.expm1(gap)
-    mean = (
-        broadcast_right(ratio**2 * alpha / alpha_next, x) * x
-        + broadcast_right(one_minus_r * alpha_next, x) * x0
-    )
-    lower = broadcast_right(one_minus_r * sigma_next**2, x)
-    upper = broadcast_right(one_minus_r * sigma**2, x)
-    return mean, lower, upper
+    lower, upper = one_minus_r * sigma_next**2, one_minus_r * sigma**2
+    return ratio**2 * alpha / alpha_next, one_minus_r * alpha_next, lower, upper
 
 
 def add_noise(interpolant: Interpolant, x: Tensor, z: Tensor, logsnr: Tensor, logsnr_hat: Tensor) -> Tensor:
@@ -91,23 +95,30 @@ def add_noise(interpolant: Interpolant, x: Tensor, z: Tensor, logsnr: Tensor, lo
 
     Levels are 0-d or have the leading axes of `x`. Equal levels return `x`, also at -inf.
     """
+    kept, added = at_levels(_noising_coefficients, interpolant, logsnr, logsnr_hat)
+    return combine(kept, x, added, z)
+
+
+def _noising_coefficients(interpolant: Interpolant, logsnr: Tensor, logsnr_hat: Tensor) -> tuple[Tensor, ...]:
     (alpha, _), (alpha_hat, sigma_hat) = interpolant(logsnr), interpolant(logsnr_hat)
     # equal levels change nothing; at -inf their difference and the ratio of the alphas are nan
     same = logsnr == logsnr_hat
     kept = torch.where(same, torch.ones_like(alpha), alpha_hat / alpha)
     gap = torch.where(same, torch.zeros_like(logsnr), logsnr_hat - logsnr)
-    added = sigma_hat * torch.sqrt(-torch.expm1(gap))
-    return broadcast_right(kept, x) * x + broadcast_right(added, x) * z
+    return kept, sigma_hat * torch.sqrt(-torch.expm1(gap))
 
 
 def ddim_step(interpolant: Interpolant, x: Tensor, x0: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> Tensor:
     """Return `alpha_next x0 + (sigma_next / sigma) (x - alpha x0)`: x0 and eps kept, the level changed."""
+    of_x0, of_x = at_levels(_ddim_coefficients, interpolant, logsnr, logsnr_next)
+    return combine(of_x0, x0, of_x, x)
+
+
+def _ddim_coefficients(interpolant: Interpolant, logsnr: Tensor, logsnr_next: Tensor) -> tuple[Tensor, ...]:
     alpha, sigma = interpolant(logsnr)
     alpha_next, sigma_next = interpolant(logsnr_next)
     ratio = sigma_next / sigma
-    return broadcast_right(alpha_next, x) * x0 + broadcast_right(ratio, x) * (
-        x - broadcast_right(alpha, x) * x0
-    )
+    return alpha_next - ratio * alpha, ratio
 
 
 def inverse_ddim_step(

@@ -18,8 +18,10 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import lru_cache
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -73,3 +75,55 @@ class RectifiedFlow:
         """Return `(sigmoid(logsnr / 2), sigmoid(-logsnr / 2))`."""
         logsnr = _at_least_float32(logsnr)
         return _sigmoid(0.5 * logsnr), _sigmoid(-0.5 * logsnr)
+
+
+class Remembering:
+    """An interpolant for which what depends on the levels of a grid alone is computed only once.
+
+    A sampler asks for each level of its grid several times, for every batch anew, and a dozen operations on single
+    numbers take as long as a step of a small image. What is remembered: float64 levels on the CPU, as grids have them.
+
+    Args:
+        interpolant: The interpolant; with one that cannot be hashed nothing is remembered.
+    """
+
+    def __init__(self, interpolant: Interpolant) -> None:
+        self.interpolant = interpolant
+        try:
+            hash(interpolant)
+        except TypeError:
+            self.able = False
+        else:
+            self.able = True
+
+    def __call__(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `(alpha, sigma)`, which must not be changed in place."""
+        return at_levels(_call, self, logsnr)
+
+
+def _call(interpolant: Interpolant, logsnr: Tensor) -> tuple[Tensor, ...]:
+    return interpolant(logsnr)
+
+
+@lru_cache(maxsize=16384)
+def _at_levels(function: Any, interpolant: Any, *levels: float) -> tuple[Tensor, ...]:
+    return function(interpolant, *(torch.tensor(level, dtype=torch.float64) for level in levels))
+
+
+def at_levels(
+    function: Callable[..., tuple[Tensor, ...]], interpolant: Interpolant, *levels: Tensor
+) -> tuple[Any, ...]:
+    """Return `function(interpolant, *levels)`; from memory where `interpolant` is a `Remembering` one.
+
+    Args:
+        function: A plain function `(interpolant, *levels) -> coefficients` of the levels alone.
+        interpolant: The interpolant.
+        levels: Log-SNRs.
+    """
+    if not isinstance(interpolant, Remembering):
+        return function(interpolant, *levels)
+    if interpolant.able and all(
+        level.ndim == 0 and level.dtype == torch.float64 and level.device.type == "cpu" for level in levels
+    ):
+        return _at_levels(function, interpolant.interpolant, *(float(level) for level in levels))
+    return function(interpolant.interpolant, *levels)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.process.broadcast import expand_logsnr
-from diffusion_lab.process.interpolants import Interpolant
+from diffusion_lab.process.interpolants import Interpolant, Remembering
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.typing import Cond, DenoiserFn, OnStep, conditional_of
 
@@ -50,7 +50,7 @@ class BoundDenoiser:
     """A denoiser with its conditions bound, which takes the 0-d levels of a grid and remembers its last output."""
 
     def __init__(self, denoiser: DenoiserFn, cond: Cond | None) -> None:
-        self.interpolant: Interpolant = denoiser.interpolant
+        self.interpolant: Interpolant = Remembering(denoiser.interpolant)
         self._denoiser, self._cond = denoiser, cond
         inner = conditional_of(denoiser)
         self.conditional: BoundDenoiser | None = None if inner is denoiser else BoundDenoiser(inner, cond)

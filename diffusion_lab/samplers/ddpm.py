@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_lab.process.broadcast import broadcast_right
+from diffusion_lab.process.broadcast import broadcast_right, is_infinite, scaled_add
 from diffusion_lab.process.gaussian import posterior
 from diffusion_lab.process.interpolants import VariancePreserving
 from diffusion_lab.rng import SampleRNG
@@ -59,9 +59,11 @@ class DDPM(Stepper):
         assert rng is not None
         x0 = denoiser(x, logsnr)
         mean, lower, _ = posterior(denoiser.interpolant, x, x0, logsnr, logsnr_next)
-        if bool(torch.isposinf(logsnr_next).all()):
+        if is_infinite(logsnr_next, 1):
             return mean, None
-        # var_upper / var_lower = (sigma / sigma_next)^2 of the variance-preserving process
-        vp = VariancePreserving()
-        ratio = (vp(logsnr)[1] / vp(logsnr_next)[1]) ** (2 * self.interpolation)
-        return mean + torch.sqrt(lower * broadcast_right(ratio, x)) * rng.randn_like(x), None
+        n = torch.sqrt(lower)
+        if self.interpolation > 0.0:
+            # var_upper / var_lower = (sigma / sigma_next)^2 of the variance-preserving process
+            vp = VariancePreserving()
+            n = n * broadcast_right((vp(logsnr)[1] / vp(logsnr_next)[1]) ** self.interpolation, x)
+        return scaled_add(mean, n, rng.randn_like(x)), None

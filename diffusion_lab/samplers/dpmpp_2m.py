@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from diffusion_lab.process.broadcast import broadcast_right
+from diffusion_lab.process.broadcast import is_infinite, scaled_add
 from diffusion_lab.process.gaussian import ddim_step
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import State, Stepper
@@ -43,9 +42,9 @@ class DPMSolverPP2M(Stepper):
         x0 = denoiser(x, logsnr)
         h = 0.5 * (logsnr_next - logsnr)
         D = x0
-        if state is not None and not bool(torch.isposinf(h).all()):
+        if state is not None and not is_infinite(h, 1):
             x0_previous, h_previous = state
             # 1 / (2 r); a previous step out of pure noise has infinite h and drops out of the extrapolation
-            D = x0 + broadcast_right(h / (2 * h_previous), x) * (x0 - x0_previous)
+            D = scaled_add(x0, h / (2 * h_previous), x0 - x0_previous)
         # (sigma_next / sigma) x + alpha_next (1 - exp(-h)) D is DDIM's map with x0 replaced by D
         return ddim_step(denoiser.interpolant, x, D, logsnr, logsnr_next), (x0, h)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion_lab.process.broadcast import is_infinite
 from diffusion_lab.process.gaussian import ddim_step
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import State, Stepper
@@ -53,10 +54,10 @@ class DPMSolverPP2S(Stepper):
     ) -> tuple[Tensor, State]:
         """See `Stepper.step`."""
         interpolant, x0 = denoiser.interpolant, denoiser(x, logsnr)
-        if bool((torch.isposinf(logsnr_next) | torch.isneginf(logsnr)).all()):
+        if is_infinite(logsnr_next, 1) or is_infinite(logsnr, -1):
             return ddim_step(interpolant, x, x0, logsnr, logsnr_next), None
         u = logsnr + self.r * (logsnr_next - logsnr)
         x0_u = denoiser(ddim_step(interpolant, x, x0, logsnr, u), u)
-        D = x0 + (x0_u - x0) / (2 * self.r)
+        D = torch.lerp(x0, x0_u, 1 / (2 * self.r))
         # (sigma_next / sigma) x + alpha_next (1 - exp(-h)) D is DDIM's map with x0 replaced by D
         return ddim_step(interpolant, x, D, logsnr, logsnr_next), None

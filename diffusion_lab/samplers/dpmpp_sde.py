@@ -34,7 +34,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion_lab.process.broadcast import broadcast_right
+from diffusion_lab.process.broadcast import combine, is_infinite, scaled_add
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import State, Stepper
 from diffusion_lab.typing import DenoiserFn
@@ -81,7 +81,7 @@ class DPMSolverPPSDE(Stepper):
     ) -> tuple[Tensor, State]:
         """See `Stepper.step`; the state is `(x0, h)` of the previous step."""
         x0 = denoiser(x, logsnr)
-        if bool(torch.isposinf(logsnr_next).all()):
+        if is_infinite(logsnr_next, 1):
             return x0, None
         _, sigma = denoiser.interpolant(logsnr)
         alpha_next, sigma_next = denoiser.interpolant(logsnr_next)
@@ -92,13 +92,12 @@ class DPMSolverPPSDE(Stepper):
             x0_previous, h_previous = state
             w = 0.5 if self.solver_type == "midpoint" else -1 / torch.expm1(-H) - 1 / H
             # a previous step out of pure noise has infinite h and drops out
-            D = x0 + broadcast_right(w * h / h_previous, x) * (x0 - x0_previous)
+            D = scaled_add(x0, w * h / h_previous, x0 - x0_previous)
         # without noise the factor is 1 even for infinite h, where eta h would be 0 times infinity
         decay = torch.exp(-self.eta * h) if self.eta else torch.ones_like(h)
-        x_next = broadcast_right(sigma_next / sigma * decay, x) * x
-        x_next = x_next + broadcast_right(-alpha_next * torch.expm1(-H), x) * D
+        x_next = combine(sigma_next / sigma * decay, x, -alpha_next * torch.expm1(-H), D)
         if self.eta:
             assert rng is not None
             n = sigma_next * torch.sqrt(-torch.expm1(-2 * self.eta * h))
-            x_next = x_next + broadcast_right(n, x) * rng.randn_like(x)
+            x_next = scaled_add(x_next, n, rng.randn_like(x))
         return x_next, (x0, h)

@@ -62,9 +62,11 @@ class ChurnedHeun(Stepper):
         rng: SampleRNG | None,
     ) -> tuple[Tensor, State]:
         """See `Stepper.step`."""
+        if self.gamma == 0.0:
+            return Heun().step(denoiser, x, logsnr, logsnr_next, None, rng)
         rho = torch.exp(-0.5 * logsnr)
         churned = (rho >= self.noise_min) & (rho <= self.noise_max)
-        if self.gamma > 0.0 and bool(churned.any()):
+        if bool(churned.any()):
             assert rng is not None
             logsnr_hat = torch.where(churned, logsnr - 2 * math.log1p(self.gamma), logsnr)
             x = add_noise(denoiser.interpolant, x, self.noise_scale * rng.randn_like(x), logsnr, logsnr_hat)
@@ -98,6 +100,11 @@ class EDM:
             raise ValueError(
                 f"EDM needs churn and noise_scale of at least 0 and 0 <= noise_min <= noise_max, got {self}"
             )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw noise."""
+        return self.churn > 0.0
 
     def stepper(self, steps: int) -> ChurnedHeun:
         """Return the step of a grid of N = `steps` steps."""

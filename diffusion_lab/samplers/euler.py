@@ -8,9 +8,11 @@ Euler's step y + (rho_next - rho) eps is DDIM's map with eta = 0: alpha_next x0 
 Heun's step averages the slopes at both ends,
 
     y_next = y + (rho_next - rho) (eps + eps') / 2,    eps' = eps at Euler's prediction x',
-    x_next = x' + ½ (sigma_next - alpha_next rho) (eps' - eps),
+    x_next = x' + ½ (sigma_next - alpha_next rho) (eps' - eps)
+           = x' + ½ alpha_next (rho / rho_next - 1) (x0' - x0),
 
-the second line being the same in x. The last step, to rho = 0, is Euler's, and so is a first step from pure noise
+the second line being the same in x, and the third in x0, since x' has the eps of x: eps' - eps is
+(alpha_next / sigma_next) (x0 - x0'). The last step, to rho = 0, is Euler's, and so is a first step from pure noise
 (rho infinite), where the coordinates end.
 
 References:
@@ -24,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_lab.process.broadcast import broadcast_right
-from diffusion_lab.process.gaussian import ddim_step, eps_from_x0
+from diffusion_lab.process.broadcast import is_infinite, scaled_add
+from diffusion_lab.process.gaussian import ddim_step
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import State, Stepper
 from diffusion_lab.typing import DenoiserFn
@@ -65,10 +67,8 @@ class Heun(Stepper):
         interpolant = denoiser.interpolant
         x0 = denoiser(x, logsnr)
         x_euler = ddim_step(interpolant, x, x0, logsnr, logsnr_next)
-        if bool((torch.isposinf(logsnr_next) | torch.isneginf(logsnr)).all()):
+        if is_infinite(logsnr_next, 1) or is_infinite(logsnr, -1):
             return x_euler, None
-        (alpha, sigma), (alpha_next, sigma_next) = interpolant(logsnr), interpolant(logsnr_next)
-        eps = eps_from_x0(interpolant, x, x0, logsnr)
-        eps_next = eps_from_x0(interpolant, x_euler, denoiser(x_euler, logsnr_next), logsnr_next)
-        half_gap = 0.5 * (sigma_next - alpha_next * sigma / alpha)
-        return x_euler + broadcast_right(half_gap, x) * (eps_next - eps), None
+        # rho / rho_next = exp((logsnr_next - logsnr) / 2)
+        c = 0.5 * interpolant(logsnr_next)[0] * torch.expm1(0.5 * (logsnr_next - logsnr))
+        return scaled_add(x_euler, c, denoiser(x_euler, logsnr_next) - x0), None

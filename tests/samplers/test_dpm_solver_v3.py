@@ -22,12 +22,12 @@ LEVELS = torch.linspace(-10, 10, 201, dtype=D64)
 
 @pytest.fixture(scope="module")
 def fitted():
-    """Statistics of the 1-D mixture, from 4,000 of its samples."""
+    """Statistics of the 1-D mixture, from 1,000 of its samples."""
     draw = torch.Generator().manual_seed(0)
-    first = torch.rand(4000, 1, generator=draw) < 0.3
+    first = torch.rand(1000, 1, generator=draw) < 0.3
     x0 = torch.where(first, -1.0, 0.8).to(D64)
-    x0 = x0 + torch.where(first, 0.2, 0.35) * torch.randn(4000, 1, generator=draw, dtype=D64)
-    return estimate(mixture_1d(INTERPOLANTS["vp"]), x0, LEVELS, rng=SampleRNG(range(4000)))
+    x0 = x0 + torch.where(first, 0.2, 0.35) * torch.randn(1000, 1, generator=draw, dtype=D64)
+    return estimate(mixture_1d(INTERPOLANTS["vp"]), x0, LEVELS, rng=SampleRNG(range(1000)))
 
 
 # ---- special cases ---------------------------------------------------------------------------------------------------
