@@ -340,7 +340,7 @@ def fitted_on_run(folder: Path, name: str) -> Any:
 def on_model(part: str, options: argparse.Namespace) -> None:
     """Fréchet distance by cost on trained models."""
     torch.set_num_threads(1)
-    seeds, n = range(3), options.n or (400 if part == "digits" else 256)
+    seeds, n = range(3), options.n or (256 if part == "digits" else 192)
     folders = {seed: trained(options.runs, part, seed if part == "digits" else 0) for seed in seeds}
     budgets = BUDGETS if part == "digits" else BUDGETS[:-1]
     tasks: list[tuple[Any, ...]] = []
