@@ -328,11 +328,12 @@ def fitted_on_run(folder: Path, name: str) -> Any:
 
     from diffusion_lab.samplers.dpm_solver_v3_statistics import Statistics
 
-    file = folder / f"benchmark-{name}.safetensors"
+    file = folder / "fitted" / f"benchmark-{name}.safetensors"
     if not file.is_file():
         denoiser, x0, labels, _ = loaded(folder)
         chosen = torch.linspace(0, len(x0) - 1, 256).long()
         tensors = sampler.fit(denoiser, x0[chosen], {"label": labels[chosen]}, SampleRNG(range(256)))
+        file.parent.mkdir(exist_ok=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, file)
     return replace(sampler, statistics=Statistics.of(load_file(file)))
 

@@ -85,7 +85,9 @@ def read_weights(folder: Path, ema: str | None) -> Weights:
         RunError: If a checkpoint is unsafe.
     """
     files = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
-    return _from_export(folder, files, ema) if files else _from_run(folder, ema)
+    # a run may hold tensors of others; what makes an export is that it has no checkpoints
+    is_export = files and not (folder / "checkpoints").is_dir()
+    return _from_export(folder, files, ema) if is_export else _from_run(folder, ema)
 
 
 def _choose(ema: str | None, names: list[str], folder: Path) -> str:
