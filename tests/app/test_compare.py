@@ -224,3 +224,18 @@ def test_rows_without_anything_to_compare_are_a_page():
     bare = replace(row(None, sampler="a"), told={}, why={"nfe": "not known"})
     text = write_up(sheet(bare, replace(bare, varied={"sampler": "b"})))
     assert "–<sup>1</sup>" in text and "Seeds or classes differ" in text and "<svg" not in text
+
+
+def test_a_sweep_of_guidance_scales_shows_fidelity_against_diversity():
+    made = [
+        replace(
+            row(distance(d), **{"guidance.scale": scale, "guidance.interval": interval}),
+            accuracy=replace(distance(a), metric="accuracy"),
+        )
+        for interval in ("[-3,5]", "[-1,3]")
+        for scale, d, a in (("1", 2.0, 0.9), ("10", 4.0, 1.0), ("2", 3.0, 0.95))
+    ]
+    text = write_up(sheet(*made))
+    assert "tradeoff-1" in text
+    assert "Fidelity against diversity" in text and "guidance.scale grows" in text
+    assert "Fidelity" not in write_up(sheet(*(replace(one, accuracy=None) for one in made)))

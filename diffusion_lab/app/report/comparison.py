@@ -205,7 +205,8 @@ def _scores(sheet: Sheet, group: Sequence[Row], number: int) -> str:
         )
     body = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
     title = "Scores" if len(sheet.groups) == 1 or distance is None else f"Scores: {distance.label}"
-    return page.section(title, _chart(sheet, group, number) + body + _notes(sheet, group))
+    charts = _chart(sheet, group, number) + _tradeoff(sheet, group, number)
+    return page.section(title, charts + body + _notes(sheet, group))
 
 
 def _notes(sheet: Sheet, group: Sequence[Row]) -> str:
@@ -249,7 +250,8 @@ def _chart(sheet: Sheet, group: Sequence[Row], number: int) -> str:
     colours = _colours(sheet)
     markers: dict[str, int] = {}
     series = []
-    for (sampler, label), rows in sorted(lines.items()):
+    for (sampler, label), found in sorted(lines.items()):
+        rows = sorted(found, key=lambda row: row.nfe or 0)
         marker = markers[sampler] = markers.get(sampler, -1) + 1
         x, y = [float(row.nfe or 0) for row in rows], [row.distance.value for row in rows if row.distance]
         series.append(figures.Series(label, x, y, colours[sampler], marker + colours[sampler] // 8))
@@ -263,6 +265,29 @@ def _chart(sheet: Sheet, group: Sequence[Row], number: int) -> str:
         floor=distance.real,
     )
     return f'<figure class="card">{svg}</figure>'
+
+
+def _tradeoff(sheet: Sheet, group: Sequence[Row], number: int) -> str:
+    """Where a guidance scale was swept: distance over accuracy, points that differ in the scale alone joined."""
+    swept = [key for key in sheet.keys if key.rpartition(".")[2] == "scale"]
+    drawn = [row for row in group if row.distance is not None and row.accuracy is not None]
+    if not swept or len(drawn) < 3:
+        return ""
+    lines: dict[str, list[Row]] = {}
+    for row in drawn:
+        lines.setdefault(variant(row.varied, leave=swept) or "scale", []).append(row)
+    series = []
+    for colour, (label, rows) in enumerate(sorted(lines.items())):
+        rows = sorted(rows, key=lambda row: [float(row.varied[key]) for key in swept])
+        x = [100 * row.accuracy.value for row in rows if row.accuracy]
+        y = [row.distance.value for row in rows if row.distance]
+        series.append(figures.Series(label, x, y, colour, colour))
+    distance, accuracy = _heads(group)
+    assert distance is not None and accuracy is not None
+    axes = (f"{accuracy.label}, %", distance.label)
+    svg = figures.scatter_chart(f"tradeoff-{number}", series, labels=axes, floor=distance.real)
+    text = f"Fidelity against diversity: along a line {', '.join(swept)} grows."
+    return f'<figure class="card">{svg}<figcaption>{html.escape(text)}</figcaption></figure>'
 
 
 def _pictures(sheet: Sheet) -> str:

@@ -199,7 +199,7 @@ def scatter_chart(
     best: tuple[float, float] | None = None,
     floor: float | None = None,
 ) -> str:
-    """Draw what was reached against what it cost, the points of one series joined.
+    """Draw points, those of one series joined in their order: what was reached against what it cost.
 
     Logarithmic axes: where costs span more than a factor of 5, results (with the floor) more than 20.
 
@@ -219,7 +219,8 @@ def scatter_chart(
         figure, axes = _figure(9.2, 4.1)
         for one in series:
             axes.plot(
-                *zip(*sorted(zip(one.x, one.y, strict=True)), strict=True),
+                one.x,
+                one.y,
                 color=SERIES[one.colour % len(SERIES)],
                 marker=MARKERS[one.marker % len(MARKERS)],
                 markersize=7,
