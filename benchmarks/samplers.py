@@ -18,6 +18,9 @@ Models are trained into `--runs` unless they are there. Results: benchmarks/resu
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import math
 import os
 import statistics
 import subprocess
@@ -29,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, report
+from common import ROOT, commit, report
 from omegaconf import OmegaConf
 from peers import PEERS
 from torch import Tensor
@@ -298,7 +301,23 @@ def extractor(shape: tuple[int, ...]) -> Any:
 
 @torch.no_grad()
 def distance(folder: Path, name: str, library: str, steps: int, grid: str, seed: int, n: int) -> float:
-    """Return the Fréchet distance of `n` samples to the test images."""
+    """Return the Fréchet distance of `n` samples to the test images; nan where a sampler refuses so few steps.
+
+    It is kept beside the run, so that a benchmark that was interrupted goes on.
+    """
+    key = f"{commit()[:12]} {name} {library} {steps} {grid} {seed} {n}"
+    kept = folder / "fitted" / f"distance-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if not kept.is_file():
+        try:
+            found = _distance(folder, name, library, steps, grid, seed, n)
+        except ValueError:
+            found = float("nan")
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps({"key": key, "distance": found}))
+    return float(json.loads(kept.read_text())["distance"])
+
+
+def _distance(folder: Path, name: str, library: str, steps: int, grid: str, seed: int, n: int) -> float:
     denoiser, x0, _, reference = loaded(folder)
     sampler = fitted_on_run(folder, name)
     levels, finished = GRIDS[grid](steps), []
@@ -372,7 +391,8 @@ def on_model(part: str, options: argparse.Namespace) -> None:
                 print(f"{part} {k}/{len(tasks)}", flush=True)
     groups: dict[tuple[Any, ...], list[float]] = {}
     for task, found in zip(tasks, distances, strict=True):
-        groups.setdefault(task[:-1], []).append(found)
+        if not math.isnan(found):
+            groups.setdefault(task[:-1], []).append(found)
     label = f"FD@{n} ({extractor((1, 8, 8) if part == 'digits' else (1, 28, 28)).name})"
     rows = [
         {
