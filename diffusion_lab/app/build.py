@@ -83,6 +83,7 @@ def build(config: Mapping[str, Any]) -> Parts:
     from diffusion_lab.loggers import hush_lightning
 
     hush_lightning()
+    _refuse_stored(config.get("guidance"))
     data = instantiate(config["dataset"], "dataset")
     _compare_shapes(config, data)
     # what is missing or damaged is said now, not after the trainer has started
@@ -95,6 +96,14 @@ def build(config: Mapping[str, Any]) -> Parts:
     callbacks.append(StopAtImages(max_images=config["max_images"]))
     loggers = [node for node in instantiate(config["logger"] or {}, "logger").values() if node is not None]
     return Parts(module, data, _trainer(config, callbacks, loggers), callbacks, loggers)
+
+
+def _refuse_stored(guidance: Any) -> None:
+    """A guidance that needs another stored network is for `sample.py`, which reads it."""
+    from diffusion_lab.app.stored import find
+
+    for where, _ in find(guidance, "guidance"):
+        raise UserError(f"{where}: a stored network guides samples of sample.py, not those of training")
 
 
 def _compare_shapes(config: Mapping[str, Any], data: Any) -> None:
@@ -191,9 +200,7 @@ class LoadedClassifier:
 def load_classifier(folder: Path, ema: str | None = None) -> LoadedClassifier:
     """Rebuild the classifier that a run of `method=noisy_classifier` trained. See `load_denoiser`."""
     config, module, weights = _load(folder, ema, "classifier")
-    return LoadedClassifier(
-        module, config, weights.name, weights.images_seen, weights.sha256, weights.source
-    )
+    return LoadedClassifier(module, config, weights.name, weights.images_seen, weights.sha256, weights.source)
 
 
 def _load(folder: Path, ema: str | None, kind: str) -> tuple[dict[str, Any], Any, Any]:

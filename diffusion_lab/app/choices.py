@@ -20,7 +20,7 @@ from diffusion_lab.app.errors import UserError, similar_folder
 
 FROM_RUN = "from_run"
 SAMPLING = ("schedule", "sampler", "grid", "guidance", "modifiers")
-GROUPS = {"sample": SAMPLING, "evaluate": (*SAMPLING, "metrics")}
+GROUPS = {"sample": (*SAMPLING, "measurement"), "evaluate": (*SAMPLING, "metrics")}
 FACTS = ("shape", "num_classes")
 
 
@@ -138,7 +138,8 @@ def complete(app: str, argv: Sequence[str]) -> Completed:
     multirun = is_multirun(argv)
     folders = run_folders(value, multirun=multirun)
     configs = [read_run(folder) for folder in folders]
-    chosen = {key for key, _ in given}
+    # guidance@guidance.inner=cfg chooses what a guidance builds on, not the guidance
+    chosen = {split[0] for item in argv if (split := split_override(item)) and "@" not in item.split("=")[0]}
     groups = [group for group in GROUPS[app] if group not in chosen]
 
     nodes = _recorded(configs[0], groups)

@@ -13,6 +13,7 @@ import gc
 import importlib
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -304,7 +305,7 @@ def _known_keys(session: Session) -> list[str]:
     from diffusion_lab.app.validate import all_keys
 
     groups = options(session.folders)
-    chosen = [item for item in session.overrides if item.split("=")[0] in groups and "," not in item]
+    chosen = [item for item in session.overrides if re.split("[=@]", item)[0] in groups and "," not in item]
     extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in session.folders[1:])}]"]
     with initialize_config_dir(str(session.folders[0]), version_base="1.3"):
         for overrides in ([*chosen, *(extra if session.folders[1:] else [])], []):

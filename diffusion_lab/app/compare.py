@@ -107,6 +107,12 @@ def _row(outcome: Outcome, varied: dict[str, str], judges: dict[Path, Yardstick 
     why: dict[str, str] = {}
     if scored is not None:
         records = scored.records
+    elif about := told.get("posterior"):
+        # a few draws for some images are no sample of the data
+        why["distance"] = (
+            f"not scored, draws from a posterior: PSNR {about['psnr_of_mean']:.2f} dB of their mean, "
+            f"{about['psnr_of_draws']:.2f} dB of one, residual {about['residual']:.3g}"
+        )
     else:
         try:
             records = _score(samples, outcome.config, judges)

@@ -87,7 +87,10 @@ def summary(folder: RunFolder, config: Mapping[str, Any], exported: Sequence[Pat
         facts.append(("weights", ", ".join(str(path) for path in exported)))
         own = needs_trust(dict(config))
         trust = f"{TRUST}={','.join(own)} " if own else ""
-        facts.append(("sample", f"{trust}python sample.py run={folder.path}"))
+        use = f"run={folder.path}"
+        if "classifier" in config["method"]:
+            use = f"run=<a denoiser's run> guidance=classifier guidance.classifier.{use}"
+        facts.append(("sample", f"{trust}python sample.py {use}"))
     else:
         facts.append(("weights", "none kept: the callback `checkpoints` was left out"))
     facts.append(("report", str(report)))

@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusion_lab.app.build import Loaded, data_module, instantiate
 from diffusion_lab.app.display import Ticker
 from diffusion_lab.app.run import digest, write_atomically
+from diffusion_lab.app.stored import TARGET, placed
 from diffusion_lab.images import to_float
 from diffusion_lab.rng import SampleRNG
 
@@ -27,16 +28,25 @@ EXAMPLES = 256
 FOLDER = "fitted"
 
 
-def fit_parts(generation: Mapping[str, Any], loaded: Loaded, folder: Path, device: str) -> dict[str, Any]:
+UNGUIDED = {"_target_": "diffusion_lab.guidance.Unguided", "_partial_": True}
+
+
+def fit_parts(
+    generation: Mapping[str, Any], loaded: Loaded, folder: Path, device: str, *, measured: bool = False
+) -> dict[str, Any]:
     """Return how samples are made with every part that wants fitting fitted.
 
     Args:
-        generation: Resolved config of the generation.
+        generation: Resolved config of the generation; a network that its guidance names is planned.
         loaded: The denoiser to fit to.
         folder: The run, which keeps the results.
         device: Where to evaluate the denoiser.
+        measured: Whether the guidance samples a posterior. Training images have no measurement: parts are then fitted
+            to the denoiser without it.
     """
-    out = dict(generation)
+    out, asked = dict(generation), generation["grid"]
+    if measured:
+        out["guidance"] = UNGUIDED
     for name in ("grid", "sampler"):
         part = instantiate(out[name], name)
         if isinstance(part, Tensor) or not hasattr(part, "fit") or getattr(part, "fitted", False):
@@ -55,7 +65,19 @@ def fit_parts(generation: Mapping[str, Any], loaded: Loaded, folder: Path, devic
             out[name] = _grid(part, out, loaded, file.with_suffix(".json"), device)
         else:
             out[name] = _sampler(part, out, loaded, file.with_suffix(".safetensors"), device)
+    # a guidance may have been told the grid: it gets the one that is used
+    out["guidance"] = _with_grid(generation["guidance"], asked, out["grid"])
     return out
+
+
+def _with_grid(node: Any, asked: Any, fitted: Any) -> Any:
+    """Return a node with the grid that was fitted wherever it named the one asked for."""
+    if asked is fitted or asked == fitted or not isinstance(node, Mapping):
+        return node
+    return {
+        key: fitted if key == "grid" and inner == asked else _with_grid(inner, asked, fitted)
+        for key, inner in node.items()
+    }
 
 
 def _grid(
@@ -90,7 +112,9 @@ def _sampler(
 
 
 def describe_part(node: Mapping[str, Any]) -> str:
-    """Return a node as text: the class and its plain settings."""
+    """Return a node as text: the class and its plain settings, a stored network as the name of its run."""
+    if node.get("_target_") == TARGET:
+        return f"{Path(node['run']).name}/{node['ema']}"
     name = str(node.get("_target_", "none")).rsplit(".", 1)[-1]
     settings = [f"{k}={v}" for k, v in node.items() if not k.startswith("_") and not isinstance(v, dict)]
     nested = [f"{k}={describe_part(v)}" for k, v in node.items() if isinstance(v, dict)]
@@ -98,7 +122,8 @@ def describe_part(node: Mapping[str, Any]) -> str:
 
 
 def _fit(part: Any, what: str, generation: Mapping[str, Any], loaded: Loaded, device: str) -> Any:
-    denoiser: Any = instantiate(generation["guidance"], "guidance")(loaded.denoiser.to(device))
+    guidance = instantiate(placed(generation["guidance"], device), "guidance")
+    denoiser: Any = guidance(loaded.denoiser.to(device))
     for modifier in instantiate(generation.get("modifiers") or {}, "modifiers").values():
         denoiser = modifier(denoiser)
     images, labels = data_module(loaded.config).train_images()

@@ -26,6 +26,8 @@ from diffusion_lab.app.build import Loaded
 from diffusion_lab.app.errors import UserError, did_you_mean
 from diffusion_lab.app.fit import fit_parts
 from diffusion_lab.app.run import write_atomically
+from diffusion_lab.app.stored import planned
+from diffusion_lab.typing import NO_LABEL
 
 STRIDE = 2654435761
 # numbers in one block: enough to keep the device busy, few enough for its memory
@@ -51,6 +53,8 @@ class Job:
         device: "cpu" or "cuda".
         precision: "32-true" or "bf16-mixed".
         generation: Resolved config of how samples are made.
+        posterior: What a posterior is sampled for, None where none is: `measurement` (resolved config), `input` (as
+            typed), `inputs` (how many), `sha256` (of the images), `draws` (samples an input).
     """
 
     run: str
@@ -65,6 +69,7 @@ class Job:
     device: str
     precision: str
     generation: dict[str, Any]
+    posterior: dict[str, Any] | None = None
 
     @property
     def block(self) -> int:
@@ -77,12 +82,33 @@ class Job:
         kept = asdict(self)
         for key in ("run", "num_samples", "batch_size"):
             kept.pop(key)
+        if self.posterior is None:
+            kept.pop("posterior")
+        else:
+            # the images count, not the name of their file
+            kept["posterior"].pop("input")
         return kept
 
+    def owners(self, indices: Sequence[int]) -> list[int]:
+        """The input that each sample belongs to; those that only fill a block up begin again with the first.
+
+        Raises:
+            ValueError: If this is no job with inputs.
+        """
+        if self.posterior is None:
+            raise ValueError("this job has no inputs")
+        return [i // self.posterior["draws"] % self.posterior["inputs"] for i in indices]
+
     def label_list(self, indices: Sequence[int]) -> list[int] | None:
-        """Labels of the samples with these indices, or None for data without labels."""
+        """Labels of the samples with these indices, or None for data without labels.
+
+        Of a posterior's samples the class is unknown unless it is given: labels are one for each input, in turn.
+        """
         if self.num_classes == 0:
             return None
+        if self.posterior is not None:
+            given = self.labels if self.labels is not None else [NO_LABEL]
+            return [given[owner % len(given)] for owner in self.owners(indices)]
         turn = self.labels if self.labels is not None else list(range(self.num_classes))
         return [turn[i % len(turn)] for i in indices]
 
@@ -143,17 +169,27 @@ def device_of(name: str) -> str:
     return "cpu"
 
 
-def from_config(config: Mapping[str, Any], loaded: Loaded) -> Job:
+def from_config(config: Mapping[str, Any], loaded: Loaded, posterior: Mapping[str, Any] | None = None) -> Job:
     """Make the job that a resolved config of `sample` or `evaluate` asks for.
 
+    Args:
+        config: The config.
+        loaded: The denoiser.
+        posterior: See `Job`.
+
     Raises:
-        UserError: If labels, device or precision make no sense.
+        UserError: If labels, device or precision make no sense, or a network named in the guidance does not fit.
     """
     if config["precision"] not in ("32-true", "bf16-mixed"):
         raise UserError(f"precision={config['precision']}: 32-true or bf16-mixed")
     num_classes = int(config["num_classes"] or 0)
     device = device_of(config["device"])
-    generation = fit_parts(config["generation"], loaded, Path(config["run"]), device)
+    run = Path(config["run"])
+    generation = {
+        **config["generation"],
+        "guidance": planned(config["generation"]["guidance"], loaded, run),
+    }
+    generation = fit_parts(generation, loaded, run, device, measured=posterior is not None)
     return Job(
         run=str(config["run"]),
         ema=loaded.ema,
@@ -167,4 +203,5 @@ def from_config(config: Mapping[str, Any], loaded: Loaded) -> Job:
         device=device,
         precision=config["precision"],
         generation=generation,
+        posterior=None if posterior is None else dict(posterior),
     )

@@ -105,6 +105,8 @@ def unknown_key(key: str, override: str, folders: Sequence[Path], known: Sequenc
         folders: The config folders, for the groups.
         known: Every full key of the config.
     """
+    if key == "measurement" and key not in known:
+        return f"{override}: only sample.py samples a posterior"
     parent, _, last = key.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     if parent and siblings:
@@ -173,11 +175,31 @@ def _composition(error: BaseException, overrides: Sequence[str], folders: Sequen
         return f"{plain}: '{taken[1]}' exists already; write {plain.lstrip('+')} to change it"
     if refused := re.search(r"Could not (?:override|delete from config\.) ?'([^']+)'", text):
         override = next((item for item in overrides if item.lstrip("+~").split("=")[0] == refused[1]), None)
+        if "@" in refused[1]:
+            return _no_place(refused[1], override or refused[1], overrides, folders)
         if "is not in struct" in cause or "No match in the defaults list" in text or "delete" in refused[0]:
             return unknown_key(refused[1].split("@")[0].lstrip("/"), override or refused[1], folders, keys())
         return f"{override or refused[1]}: {one_line((cause or text).splitlines()[0])}"
     head, tail = one_line(text), one_line(cause.splitlines()[0]) if cause else ""
     return head if tail in head else f"{head}: {tail}"
+
+
+def _no_place(key: str, override: str, overrides: Sequence[str], folders: Sequence[Path]) -> str:
+    """Tell why `group@place=option` was refused: the file chosen has no such place in its defaults list."""
+    group, _, place = key.partition("@")
+    holder = place.partition(".")[0]
+    # the last one wins, and may be a list of a sweep
+    option = next(
+        (w for word in reversed(overrides) if (w := word.removeprefix(f"{holder}=")) != word), "none"
+    )
+    if option == FROM_RUN:
+        return f"{override}: the {holder} that the run recorded is taken as it is; name it, {holder}=<option>"
+    files = [file for folder in folders if (file := folder / holder / f"{option}.yaml").is_file()]
+    text = files[0].read_text(encoding="utf-8") if files else ""
+    places = [f"{holder}.{name}" for name in re.findall(rf"^\s*-\s*/{group}@(\w+)\s*:", text, re.MULTILINE)]
+    if not places:
+        return f"{override}: {holder}={option} builds on no other {group}"
+    return f"{override}: no such place in {holder}={option}{did_you_mean(place, places)}"
 
 
 def is_for_user(error: BaseException) -> bool:

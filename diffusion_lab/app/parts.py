@@ -24,9 +24,12 @@ from torch import Tensor
 
 from diffusion_lab.app.build import Loaded, generation_of, load_denoiser
 from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.inputs import FILE, Measured, read_measured
 from diffusion_lab.app.job import Job, read_job, streams
+from diffusion_lab.app.stored import placed
 from diffusion_lab.images import to_uint8
 from diffusion_lab.samplers.generate import Generation
+from diffusion_lab.typing import MEASUREMENT
 
 
 def part_path(folder: Path, indices: range) -> Path:
@@ -150,31 +153,53 @@ def make(
         raise UserError(
             f"{job.run} has other weights than when this job began: it was trained further meanwhile"
         )
-    generation = generation_of({"generation": job.generation})
     device = (
         torch.device("cuda", local_rank % torch.cuda.device_count())
         if job.device == "cuda"
         else torch.device("cpu")
     )
+    generation = generation_of({"generation": placed(job.generation, device)})
     denoiser = loaded.denoiser.to(device)
+    given = _measured(job, folder)
     with _blocks_at_once(device, world) as pool:
         for part in parts:
             starts = range(part.start, part.stop, job.block)
-            done = pool(lambda start: _block(job, generation, denoiser, device, start), starts)
+            done = pool(lambda start: _block(job, generation, denoiser, given, device, start), starts)
             whole = np.concatenate(list(done))[: len(part)]
             _save(part_path(folder, part), whole)
             if on_part is not None:
                 on_part(part)
 
 
-def _block(job: Job, generation: Generation, denoiser: Any, device: torch.device, start: int) -> np.ndarray:
+def _measured(job: Job, folder: Path) -> Measured | None:
+    """Return the measurements that lie beside the parts; None for a job without inputs."""
+    if job.posterior is None:
+        return None
+    given = read_measured(folder)
+    if given is None:
+        raise UserError(f"{folder / FILE} is missing or damaged; remove {folder}")
+    return given
+
+
+def _block(
+    job: Job,
+    generation: Generation,
+    denoiser: Any,
+    given: Measured | None,
+    device: torch.device,
+    start: int,
+) -> np.ndarray:
     indices = range(start, start + job.block)
     labels = job.label_list(indices)
-    cond = None if labels is None else {"label": torch.tensor(labels, dtype=torch.int64, device=device)}
+    cond: dict[str, Tensor] = {}
+    if labels is not None:
+        cond["label"] = torch.tensor(labels, dtype=torch.int64, device=device)
+    if given is not None:
+        cond[MEASUREMENT] = given.rows(job.owners(indices), device)
     low = torch.autocast(device.type, dtype=torch.bfloat16, enabled=job.precision == "bf16-mixed")
     # both are switches of the thread, and this may be any
     with torch.no_grad(), low:
-        samples = generation(denoiser, seeds=streams(job.seed, indices), cond=cond, device=device)
+        samples = generation(denoiser, seeds=streams(job.seed, indices), cond=cond or None, device=device)
     return to_array(samples)
 
 

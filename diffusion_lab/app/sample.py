@@ -1,11 +1,13 @@
 """Samples from a run folder or an export: as many as asked for, each from its own seed, in a folder of their own.
 
     <out>/grid.png        the first ones; every class is a column
-    <out>/samples.npz     images: uint8 (N, H, W, C), or float32 (N, D) for data that are no images; labels: int64
-    (N,), -1 for none <out>/record.json     which weights, which settings, on what machine
+    <out>/samples.npz     images: uint8 (N, H, W, C), or float32 (N, D) for data that are no images;
+                          labels: int64 (N,), -1 for none
+    <out>/record.json     which weights, which settings, on what machine
 
-Everything about the arithmetic is in `parts.py`. A job that was interrupted goes on where it was; one that is done is
-found done. A folder that holds other samples is never written over.
+With `measurement=` and `input=` they are draws from a posterior, see `posterior.py`. Everything about the arithmetic is
+in `parts.py`. A job that was interrupted goes on where it was; one that is done is found done. A folder that holds
+other samples is never written over.
 """
 
 from __future__ import annotations
@@ -19,19 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 
-from diffusion_lab.app import launch, parts, record
-from diffusion_lab.app.build import Loaded, generation_of, load_denoiser, plain
+from diffusion_lab.app import launch, parts, posterior, record
+from diffusion_lab.app.build import Loaded, load_denoiser, plain
 from diffusion_lab.app.display import Ticker, facts_table, show, shown
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.fit import describe_part
+from diffusion_lab.app.inputs import Measured, measured, read_inputs, read_measured
 from diffusion_lab.app.job import STRIDE, Job, from_config, read_job
+from diffusion_lab.app.probe import Probed, check_labels, probe
 from diffusion_lab.app.run import digest, write_atomically
 
 SHOWN_ROWS = 10
 SHOWN_COLUMNS = 16
+POSTERIOR = "posterior.png"
 
 
 def run(cfg: DictConfig) -> Path:
@@ -46,14 +50,16 @@ def run(cfg: DictConfig) -> Path:
     Raises:
         UserError: If the run, the weights or the settings are no good, or `out` holds other samples.
     """
+    wanted = posterior.asked(cfg, config_folders(cfg))
     config = plain(cfg)
     folder = Path(config["run"]).resolve()
     loaded = load_denoiser(folder, config["ema"])
-    job = from_config({**config, "run": str(folder)}, loaded)
+    given, sought = _measure(config, loaded) if wanted else (None, None)
+    job = from_config({**config, "run": str(folder)}, loaded, sought)
     out = Path(config["out"]) if config["out"] else default_out(folder, job, loaded)
     command = record.command("sample", config.get("overrides") or [])
     typed = config["out"] or config["run"]
-    facts = draw(job, loaded, out, devices=int(config["devices"]), command=command)
+    facts = draw(job, loaded, out, devices=int(config["devices"]), command=command, given=given)
     seconds = facts.get("seconds")
     table = [
         (
@@ -64,15 +70,39 @@ def run(cfg: DictConfig) -> Path:
         ("grid", f"{facts['grid']}"),
         ("guidance", " + ".join([str(facts["guidance"]), *facts.get("modifiers", [])])),
         ("seed", str(job.seed)),
+        *(posterior.lines(facts["posterior"]) if job.posterior is not None else []),
         (
             "speed",
             f"{facts['made'] / seconds:,.1f} samples/s" if seconds and facts["made"] else "made before",
         ),
-        ("picture", shown(out / "grid.png", typed)),
+        ("picture", shown(out / (POSTERIOR if (out / POSTERIOR).is_file() else "grid.png"), typed)),
         ("images", shown(out / "samples.npz", typed)),
     ]
     show(facts_table(table, "sampled"))
     return out
+
+
+def config_folders(cfg: DictConfig) -> list[Path]:
+    """Return the folders that the options of a config come from: ours, and that of --config-dir."""
+    from diffusion_lab.app.cli import conf_folder
+
+    mark = "--config-dir="
+    own = [str(item).removeprefix(mark) for item in cfg.get("overrides") or [] if str(item).startswith(mark)]
+    return [conf_folder(), *map(Path, own)]
+
+
+def _measure(config: dict[str, Any], loaded: Loaded) -> tuple[Measured, dict[str, Any]]:
+    """Read and measure the inputs; return them, and what a job says about them. Sets the number of samples."""
+    inputs = read_inputs(str(config["input"]), loaded.config, config["shape"])
+    config["num_samples"] = len(inputs.images) * int(config["draws"])
+    sought = {
+        "input": str(config["input"]),
+        "inputs": len(inputs.images),
+        "sha256": inputs.sha256,
+        "draws": int(config["draws"]),
+        "measurement": config["measurement"],
+    }
+    return measured(inputs, config["measurement"], int(config["seed"])), sought
 
 
 def default_out(folder: Path, job: Job, loaded: Loaded) -> Path:
@@ -112,6 +142,7 @@ def draw(
     devices: int = 1,
     command: str = "",
     earlier: Path | None = None,
+    given: Measured | None = None,
 ) -> dict[str, Any]:
     """Make the samples of a job, or what is missing of them.
 
@@ -122,12 +153,13 @@ def draw(
         devices: Processes that share the work.
         command: What was asked for, for the record.
         earlier: A folder with the first samples of the same settings, which need not be made again.
+        given: Inputs and measurements of a job that samples a posterior.
 
     Returns:
         What record.json says, and `made`: how many were made now.
 
     Raises:
-        UserError: If `out` holds other samples.
+        UserError: If `out` holds other samples, or the model would be asked what it was not trained for.
     """
     if (out / "samples.npz").exists():
         told = record.read(out / "record.json")
@@ -138,7 +170,13 @@ def draw(
         print(f"{out} holds these samples already")
         return {**told, "made": 0}
     folder = out / "parts"
+    asks = probe(job, loaded, None if given is None else given.y[:1])
+    check_labels(job, loaded, asks)
     _check_begun(job, folder)
+    if given is not None:
+        # what an earlier process measured is what its parts were made from
+        given = read_measured(folder) or given
+        given.write(folder)
     if earlier is not None and not parts.finished(folder):
         with np.load(earlier / "samples.npz", allow_pickle=False) as stored:
             parts.prefill(job, folder, stored["images"])
@@ -159,9 +197,8 @@ def draw(
         ticker.close()
     # the seconds are those of what was made now, not of what an earlier job left
     seconds = round(time.perf_counter() - began, 3)
-    facts = {**_facts(job, loaded, command), "seconds": seconds, "made": left}
-    _finish(job, folder, out, facts)
-    return facts
+    facts = {**_facts(job, loaded, command, asks), "seconds": seconds, "made": left}
+    return _finish(job, folder, out, facts, given)
 
 
 def _check_begun(job: Job, folder: Path) -> None:
@@ -198,9 +235,21 @@ def _in_ranks(job: Job, folder: Path, devices: int, ticker: Ticker) -> None:
         raise SystemExit(128 + ended.signal)
 
 
-def _facts(job: Job, loaded: Loaded, command: str) -> dict[str, Any]:
-    generation = generation_of({"generation": job.generation})
-    label = None if job.num_classes == 0 else {"label": torch.zeros(1, dtype=torch.int64)}
+def _labels(job: Job) -> Any:
+    if job.labels is None and job.num_classes:
+        return "classes in turn" if job.posterior is None else "none"
+    return job.labels
+
+
+def _guidance(job: Job) -> str:
+    node = job.generation["guidance"]
+    if job.posterior is not None:
+        # these stand beside it
+        node = {key: value for key, value in node.items() if key not in ("operator", "grid")}
+    return describe({"guidance": node}, "guidance")
+
+
+def _facts(job: Job, loaded: Loaded, command: str, asks: Probed) -> dict[str, Any]:
     return {
         "created": record.now(),
         "app": "sample",
@@ -215,14 +264,14 @@ def _facts(job: Job, loaded: Loaded, command: str) -> dict[str, Any]:
         "num_samples": job.num_samples,
         "seed": job.seed,
         "streams": f"({STRIDE} * seed + index) mod 2^32",
-        "labels": "classes in turn" if job.labels is None and job.num_classes else job.labels,
+        "labels": _labels(job),
         "sampler": describe(job.generation, "sampler"),
         "grid": describe(job.generation, "grid"),
-        "guidance": describe(job.generation, "guidance"),
+        "guidance": _guidance(job),
         "modifiers": [
             describe(job.generation["modifiers"], name) for name in job.generation.get("modifiers") or {}
         ],
-        "nfe": generation.nfe(loaded.denoiser.interpolant, label),
+        "nfe": asks.nfe,
         "settings": job.settings,
         "settings_hash": digest(job.settings),
         "versions": record.versions(),
@@ -231,17 +280,27 @@ def _facts(job: Job, loaded: Loaded, command: str) -> dict[str, Any]:
     }
 
 
-def _finish(job: Job, folder: Path, out: Path, facts: Mapping[str, Any]) -> None:
-    """Put the parts together; samples.npz comes last, so that it is there only if all is."""
+def _finish(
+    job: Job, folder: Path, out: Path, facts: Mapping[str, Any], given: Measured | None
+) -> dict[str, Any]:
+    """Put the parts together; samples.npz comes last, so that it is there only if all is. Returns the record."""
     images = parts.collect(job, folder)
     labels = job.label_list(range(job.num_samples)) or [-1] * job.num_samples
-    save_grid(images, np.asarray(labels), job.num_classes, out / "grid.png")
-    record.write(out / "record.json", facts)
+    arrays = {"images": images, "labels": np.asarray(labels, dtype=np.int64)}
+    columns, told = job.num_classes, dict(facts)
+    if given is not None and job.posterior is not None:
+        arrays |= posterior.arrays(job, given)
+        columns = job.posterior["draws"]
+        told["posterior"] = posterior.numbers(job, given, images)
+        posterior.save_picture(job, given, images, out / POSTERIOR)
+    save_grid(images, arrays["labels"], columns, out / "grid.png")
+    record.write(out / "record.json", told)
     aside = out / ".samples.npz.tmp"
     with aside.open("wb") as file:
-        np.savez(file, images=images, labels=np.asarray(labels, dtype=np.int64))
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     aside.replace(out / "samples.npz")
     shutil.rmtree(folder)
+    return told
 
 
 def save_grid(images: np.ndarray, labels: np.ndarray, num_classes: int, path: Path) -> None:

@@ -98,6 +98,9 @@ class Sample(Sampling):
     """Keys of `conf/sample.yaml`."""
 
     num_samples: int = field(metadata=_at_least(1))
+    measurement: Any
+    input: str | None
+    draws: int = field(metadata=_at_least(1))
 
 
 @dataclass(kw_only=True)

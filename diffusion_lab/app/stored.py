@@ -72,15 +72,19 @@ def planned(node: Any, loaded: Loaded, folder: Path, prefix: str = "guidance") -
 def _plan(key: str, node: Mapping[str, Any], loaded: Loaded, folder: Path, where: str) -> dict[str, Any]:
     run, ema = node.get("run"), node.get("ema")
     if run is None and key == CLASSIFIER:
-        raise UserError(f"{where}.run=<folder> is needed: a run of experiment=digits/noisy_classifier or its like")
+        raise UserError(
+            f"{where}.run=<folder> is needed: a run of experiment=digits/noisy_classifier or its like"
+        )
     place = folder if run is None else Path(run).resolve()
     try:
         found: Any = (load_classifier if key == CLASSIFIER else load_denoiser)(place, ema)
     except UserError as error:
         # what load says begins with the word that the main run has for it
         text = str(error)
-        raise UserError(f"{where}.{text}" if text.startswith(("run=", "ema=")) else f"{where}: {text}") from error
-    _compare(found.config, loaded.config, where, place)
+        raise UserError(
+            f"{where}.{text}" if text.startswith(("run=", "ema=")) else f"{where}: {text}"
+        ) from error
+    _compare(found.config, loaded.config, key, where, place)
     return {
         "_target_": TARGET,
         "kind": key,
@@ -90,17 +94,21 @@ def _plan(key: str, node: Mapping[str, Any], loaded: Loaded, folder: Path, where
     }
 
 
-def _compare(found: Mapping[str, Any], main: Mapping[str, Any], where: str, place: Path) -> None:
-    """A network of another run must be of the same data and the same process."""
+def _compare(found: Mapping[str, Any], main: Mapping[str, Any], kind: str, where: str, place: Path) -> None:
+    """A network of another run must be of the same data, and a classifier of the same process."""
     for key in ("shape", "num_classes"):
         theirs, ours = found.get(key), main.get(key)
-        # a network without labels may stand beside one with them, for it ignores them
-        if theirs != ours and not (key == "num_classes" and not theirs):
-            raise UserError(f"{where}.run={place}: its {key} is {theirs}, that of the run to sample is {ours}")
+        # a denoiser without labels may stand beside one with them, for it ignores them
+        if theirs != ours and not (key == "num_classes" and kind == WEAK and not theirs):
+            raise UserError(
+                f"{where}.run={place}: its {key} is {theirs}, that of the run to sample is {ours}"
+            )
     theirs, ours = _interpolant(found), _interpolant(main)
-    if theirs != ours:
+    if kind == CLASSIFIER and theirs != ours:
         names = [str(node.get("_target_")).rsplit(".", 1)[-1] for node in (theirs, ours)]
-        raise UserError(f"{where}.run={place}: its process is {names[0]}, that of the run to sample is {names[1]}")
+        raise UserError(
+            f"{where}.run={place}: its process is {names[0]}, that of the run to sample is {names[1]}"
+        )
 
 
 def _interpolant(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -106,6 +106,10 @@ def _resolves(node: DictConfig | ListConfig, prefix: str, root: DictConfig) -> N
             value = node[key]
         except InterpolationKeyError as error:
             wanted = _interpolated(str(getattr(raw, "_value", lambda: "")()))
+            if wanted.partition(".")[0] == "measurement" and "measurement" not in root:
+                raise UserError(
+                    f"{full}: sampling a posterior needs measurement= and input=, which only sample.py has"
+                ) from error
             tail = did_you_mean(wanted, all_keys(root), limit=0) if wanted else ""
             reason = f"'${{{wanted}}}' leads nowhere" if wanted else one_line(str(error))
             raise UserError(f"{full}: {reason}{tail}") from error

@@ -92,3 +92,17 @@ class NetworkDenoiser(nn.Module):
     def forward(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
         """Return E[x0 | x], of the shape of `x`. See `predict`."""
         return self.predict(x, logsnr, cond).x0
+
+    def embed(self, cond: Cond) -> Cond:
+        """Return `cond` with `label` replaced by the vectors the network makes of it, `label_embedding` (B, width).
+
+        Calls with either give the same answer. A network that hears no labels, or a `cond` without, changes nothing.
+
+        Raises:
+            ValueError: If a label is out of range.
+        """
+        table = getattr(self.network, "label_embedding", None)
+        if table is None or "label" not in cond:
+            return cond
+        rest = {name: value for name, value in cond.items() if name != "label"}
+        return {**rest, "label_embedding": table(cond, len(cond["label"]))}

@@ -19,9 +19,26 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffusion_lab.typing import NO_LABEL, Cond
+from diffusion_lab.typing import FOR_WRAPPERS, NO_LABEL, Cond
 
 LOGSNR_LIMIT = 30.0
+READ = ("label", "label_embedding")
+"""What the networks of this package read of a `Cond`."""
+
+
+def check_conditions(cond: Cond | None, reader: str) -> None:
+    """Refuse a condition that nobody would read: a sample would look conditioned and not be.
+
+    Args:
+        cond: What the network is told; what is meant for wrappers passes.
+        reader: The network's name.
+
+    Raises:
+        ValueError: If a key is neither read nor meant for wrappers.
+    """
+    for name in cond or {}:
+        if name not in READ and name not in FOR_WRAPPERS:
+            raise ValueError(f"{reader} knows no condition {name!r}; there are: {', '.join(READ)}")
 
 
 class LogSNREmbedding(nn.Module):
@@ -70,10 +87,14 @@ class LabelEmbedding(nn.Module):
     def forward(self, cond: Cond | None, batch: int) -> Tensor:
         """Return `(batch, width)` for `cond["label"]` `(batch,)`; `None`, no such key and `NO_LABEL` mean no label.
 
+        `cond["label_embedding"]` `(batch, width)`, where it is given, is returned itself.
+
         Raises:
             ValueError: If a label on the CPU is neither a class nor `NO_LABEL`. On a GPU the embedding's own check on
                 the device answers, because reading the labels here would make every step wait.
         """
+        if cond is not None and "label_embedding" in cond:
+            return cond["label_embedding"]
         null = self.num_classes
         if cond is None or "label" not in cond:
             label = torch.full((batch,), null, device=self.table.weight.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion_lab.networks.embeddings import LabelEmbedding, LogSNREmbedding
+from diffusion_lab.networks.embeddings import LabelEmbedding, LogSNREmbedding, check_conditions
 from diffusion_lab.networks.layers import zero_init
 from diffusion_lab.typing import Cond
 
@@ -52,7 +52,12 @@ class MLP(nn.Module):
         self.linear_out = zero_init(nn.Linear(width, dim))
 
     def forward(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
-        """Return the raw output `(B, dim)` for `x` `(B, dim)`, `logsnr` `(B,)` and an optional label `(B,)`."""
+        """Return the raw output `(B, dim)` for `x` `(B, dim)`, `logsnr` `(B,)` and an optional label `(B,)`.
+
+        Raises:
+            ValueError: If a label is out of range, or `cond` has a key that is unknown.
+        """
+        check_conditions(cond, type(self).__name__)
         embedding = self.level_embedding(logsnr)
         if self.label_embedding is not None:
             embedding = embedding + self.label_embedding(cond, x.shape[0])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion_lab.networks.embeddings import LabelEmbedding, LogSNREmbedding
+from diffusion_lab.networks.embeddings import LabelEmbedding, LogSNREmbedding, check_conditions
 from diffusion_lab.networks.layers import AttentionBlock, Resample, ResidualBlock, group_norm, zero_init
 from diffusion_lab.typing import Cond
 
@@ -130,8 +130,9 @@ class UNet(nn.Module):
             cond: `{"label": (B,)}`, labels 0 .. num_classes - 1 or `NO_LABEL`; None for no label.
 
         Raises:
-            ValueError: If a label is out of range.
+            ValueError: If a label is out of range, or `cond` has a key that is unknown.
         """
+        check_conditions(cond, type(self).__name__)
         embedding = self.level_embedding(logsnr)
         if self.label_embedding is not None:
             embedding = embedding + self.label_embedding(cond, x.shape[0])

@@ -88,7 +88,7 @@ class Remembering:
     """
 
     def __init__(self, interpolant: Interpolant) -> None:
-        self.interpolant = interpolant
+        self.interpolant: Any = interpolant
         try:
             hash(interpolant)
         except TypeError:

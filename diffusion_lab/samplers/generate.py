@@ -11,7 +11,7 @@ and it is asked for the sampler to use, because it has to touch the samples and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,11 @@ class CountingDenoiser:
         self.calls += 1 if self.batch is None else -(-len(x) // self.batch)
         return self.denoiser(x, logsnr, cond)
 
+    @property
+    def embed(self) -> Callable[[Cond], Cond]:
+        """The denoiser's own `embed`; absent where it has none."""
+        return self.denoiser.embed  # type: ignore[attr-defined, no-any-return]
+
 
 def _draws(factory: object) -> bool:
     """Whether a guidance, or one it has been given to build on, draws noise."""
@@ -50,14 +55,23 @@ def _draws(factory: object) -> bool:
     return inner is not None and _draws(inner)
 
 
-class _Blank:
-    """A denoiser that answers zero, for counting calls without a network."""
+class BlankDenoiser:
+    """A denoiser that answers zero, in a way that can be differentiated: for counting calls without a network.
+
+    Args:
+        interpolant: The process.
+    """
 
     def __init__(self, interpolant: Interpolant) -> None:
         self.interpolant = interpolant
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
-        return torch.zeros_like(x)
+        """Return zeros of the shape of `x`."""
+        return torch.zeros_like(x) * x
+
+    def embed(self, cond: Cond) -> Cond:
+        """Return `cond`: there is no network that would make vectors of labels."""
+        return cond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +147,6 @@ class Generation:
 
     def nfe(self, interpolant: Interpolant, cond: Cond | None = None) -> int:
         """Return the number of denoiser calls one sample costs, counted on a run with a denoiser that answers zero."""
-        counting = CountingDenoiser(_Blank(interpolant), batch=1)
+        counting = CountingDenoiser(BlankDenoiser(interpolant), batch=1)
         self(counting, seeds=[0], cond=cond)
         return counting.calls

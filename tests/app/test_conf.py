@@ -29,7 +29,17 @@ COMPANY = {
     ("model", "unet_64"): ["dataset=image_folder", "dataset.root=somewhere", "shape=[3,64,64]"],
 }
 # supplied by whoever calls the node, not by the config
-CALLER = {"torch.optim": {"params"}, "diffusion_lab.guidance": {"denoiser"}}
+CALLER = {
+    "torch.optim": {"params"},
+    "diffusion_lab.guidance": {"denoiser"},
+    "diffusion_lab.posterior": {"denoiser"},
+}
+# groups and options that only sample.py has: what samples a posterior takes its operator from `measurement`
+MEASURED = [file.stem for file in (CONF / "guidance").glob("*.yaml") if "${measurement" in file.read_text()]
+SAMPLE_ONLY = {("guidance", name) for name in MEASURED} | {
+    (group, name) for group in ("measurement", "reward") for name in GROUPS[group]
+}
+ON_SAMPLE = ["run=somewhere", "shape=[1,8,8]", "num_classes=10"]
 
 
 @cache
@@ -42,7 +52,16 @@ def config(app: str, *overrides: str) -> DictConfig:
     return composed(app, *overrides).copy()
 
 
+def app_of(group: str, option: str) -> str:
+    return "sample" if (group, option) in SAMPLE_ONLY else "train"
+
+
 def with_option(group: str, option: str) -> DictConfig:
+    if (group, option) in SAMPLE_ONLY:
+        # a reward is a part of a guidance
+        place = ["guidance=particles", f"reward@guidance.reward={option}"] if group == "reward" else []
+        measurement = [] if group == "measurement" else ["measurement=inpaint"]
+        return config("sample", *ON_SAMPLE, *(place or [f"{group}={option}"]), *measurement)
     return config("train", f"{group}={option}", *COMPANY.get((group, option), []))
 
 
@@ -68,13 +87,15 @@ def test_the_groups_users_type_keep_their_names():
 
 @pytest.mark.parametrize(("group", "option"), FILES, ids=lambda x: x)
 def test_every_file_composes_and_is_valid(group, option):
-    validate(with_option(group, option), SCHEMAS["train"])
+    validate(with_option(group, option), SCHEMAS[app_of(group, option)])
 
 
 @pytest.mark.parametrize("app", ["sample", "evaluate"])
 def test_the_other_apps_are_valid(app):
     for group in ("schedule", "sampler", "grid", "guidance", "modifiers"):
         for option in GROUPS[group]:
+            if app == "evaluate" and (group, option) in SAMPLE_ONLY:
+                continue
             validate(config(app, "run=somewhere", "shape=[1,8,8]", f"{group}={option}"), SCHEMAS[app])
 
 
@@ -89,6 +110,11 @@ def test_every_argument_of_our_own_is_written(group, option):
         assert not unwritten, f"{prefix}: {unwritten}"
 
 
+def place_of(cfg: DictConfig, group: str) -> tuple[DictConfig, str]:
+    """The node that a group's file fills, and its full key."""
+    return (cfg.guidance.reward, "guidance.reward") if group == "reward" else (cfg[group], group)
+
+
 @pytest.mark.parametrize("group", sorted(set(GROUPS) - {"debug", "experiment"}))
 def test_a_misspelt_key_in_any_group_is_an_error_that_names_it(group):
     option = (
@@ -99,15 +125,19 @@ def test_a_misspelt_key_in_any_group_is_an_error_that_names_it(group):
     for option in GROUPS[group]:
         cfg = with_option(group, option)
         with open_dict(cfg):
-            node, prefix = cfg[group], group
+            node, prefix = place_of(cfg, group)
             if group in ("averages", "callbacks", "logger", "modifiers"):
                 if not node:
                     continue
                 name = next(iter(node))
                 node, prefix = node[name], f"{group}.{name}"
+            if group == "measurement":
+                if node.operator is None:
+                    continue
+                node, prefix = node.operator, f"{group}.operator"
             node["lerning_rate"] = 1
         with pytest.raises(UserError) as error:
-            validate(cfg, SCHEMAS["train"])
+            validate(cfg, SCHEMAS[app_of(group, option)])
         assert str(error.value).startswith(f"{prefix}.lerning_rate: ")
 
 
@@ -139,7 +169,7 @@ def test_every_file_builds(group, option, tmp_path):
     if group in ("averages", "callbacks", "logger", "modifiers"):
         assert set(hydra.utils.instantiate(cfg[group])) == set(cfg[group])
     else:
-        assert hydra.utils.instantiate(cfg[group]) is not None
+        assert hydra.utils.instantiate(place_of(cfg, group)[0]) is not None
     if group == "grid":
         grid = hydra.utils.instantiate(cfg.grid)
         if isinstance(grid, FittedGrid):
@@ -163,4 +193,6 @@ def test_any_option_can_be_put_on_top_of_an_experiment(experiment, group):
     for option in GROUPS[group]:
         if experiment.startswith("toy/") and option in ("shifted_cosine", "interpolated_cosine"):
             continue  # these are shifted by the side of an image
+        if (group, option) in SAMPLE_ONLY:
+            continue
         validate(config("train", f"experiment={experiment}", f"{group}={option}"), SCHEMAS["train"])

@@ -1,0 +1,133 @@
+"""Rules of the claims table: from a stored result to one ratio a seed, above 1 where the claim is true."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+Rule = Callable[[dict[str, Any]], "Evidence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a rule finds: one ratio a seed, and the figures in words."""
+
+    ratios: Sequence[float]
+    figure: str
+
+
+# ---- samplers ------------------------------------------------------------------------------------------------
+
+
+def _cell(result: dict[str, Any], sampler: str, budget: int) -> list[float]:
+    """Return a sampler's distances, a seed each, on the better of the grids it was run on."""
+    rows = [
+        row
+        for row in result["figures"]["rows"]
+        if (row["sampler"], row["budget"], row["by"]) == (sampler, budget, "diffusion_lab")
+    ]
+    return min((row["seeds"] for row in rows), key=statistics.mean)
+
+
+def better(ours: str, others: Sequence[str], budgets: Sequence[int]) -> Callable[[dict[str, Any]], Evidence]:
+    """A rule: at every budget, `ours` has a lower distance than each of `others`; the worst ratio of a seed counts."""
+
+    def rule(result: dict[str, Any]) -> Evidence:
+        mine = {b: _cell(result, ours, b) for b in budgets}
+        ratios: list[float] = []
+        for seed in range(len(mine[budgets[0]])):
+            worst = min(_cell(result, other, b)[seed] / mine[b][seed] for other in others for b in budgets)
+            ratios.append(worst)
+        shown = [
+            f"{b} NFE: {statistics.mean(mine[b]):.3g} against "
+            + ", ".join(f"{other} {statistics.mean(_cell(result, other, b)):.3g}" for other in others)
+            for b in budgets
+        ]
+        return Evidence(ratios=ratios, figure="; ".join(shown))
+
+    return rule
+
+
+# ---- guidance ------------------------------------------------------------------------------------------------
+
+
+def _points(
+    result: dict[str, Any], method: str, interval: str = "everywhere"
+) -> dict[float, list[dict[str, float]]]:
+    """Return what each seed came to, by scale, of one method in one interval."""
+    return {
+        row["scale"]: row["seeds"]
+        for row in result["figures"]["rows"]
+        if (row["method"], row["interval"]) == (method, interval)
+    }
+
+
+def _at(curve: Sequence[tuple[float, float]], x: float) -> float:
+    """Return y at `x` on the line through points sorted by x, flat beyond its ends."""
+    points = sorted(curve)
+    if x <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def mean(seeds: Sequence[dict[str, float]], key: str) -> float:
+    """Return the mean over seeds."""
+    return statistics.mean(seed[key] for seed in seeds)
+
+
+def interval_at_equal_accuracy(result: dict[str, Any]) -> Evidence:
+    """The best setting with an interval against constant guidance of the same accuracy, between scales interpolated."""
+    constant = _points(result, "cfg")
+    intervals = sorted({row["interval"] for row in result["figures"]["rows"]} - {"everywhere"})
+    settings = [(i, scale, seeds) for i in intervals for scale, seeds in _points(result, "cfg", i).items()]
+    interval, scale, seeds = min(settings, key=lambda setting: mean(setting[2], "FD"))
+    ratios, there = [], []
+    for k, found in enumerate(seeds):
+        there.append(_at([(of[k]["accuracy"], of[k]["FD"]) for of in constant.values()], found["accuracy"]))
+        ratios.append(there[-1] / found["FD"])
+    return Evidence(
+        ratios=ratios,
+        figure=f"scale {scale:g} in {interval}: {mean(seeds, 'FD'):.3g} at accuracy {mean(seeds, 'accuracy'):.3f}, "
+        f"constant {statistics.mean(there):.3g}",
+    )
+
+
+def autoguidance_recall(result: dict[str, Any]) -> Evidence:
+    """Recall of autoguidance at its largest scale, against that of classifier-free guidance of the same precision."""
+    cfg, auto = _points(result, "cfg"), _points(result, "autoguidance")
+    scale = max(auto)
+    ratios, there = [], []
+    for k, found in enumerate(auto[scale]):
+        there.append(_at([(of[k]["precision"], of[k]["recall"]) for of in cfg.values()], found["precision"]))
+        ratios.append(found["recall"] / there[-1])
+    return Evidence(
+        ratios=ratios,
+        figure=f"recall at scale {scale:g}: {mean(auto[scale], 'recall'):.3f} at precision "
+        f"{mean(auto[scale], 'precision'):.3f}, classifier-free {statistics.mean(there):.3f}",
+    )
+
+
+def reconstruction_against_replacement(result: dict[str, Any]) -> Evidence:
+    """The distance of completed images, at the weight the derivation gives."""
+    replaced, guided = _points(result, "replacement")[0.0], _points(result, "reconstruction")[1.0]
+    return Evidence(
+        ratios=[there["FD"] / here["FD"] for there, here in zip(replaced, guided, strict=True)],
+        figure=f"{mean(guided, 'FD'):.3g} (class recognised {mean(guided, 'accuracy'):.3f}) against "
+        f"{mean(replaced, 'FD'):.3g} ({mean(replaced, 'accuracy'):.3f})",
+    )
+
+
+def dynamic_threshold_at_high_scale(result: dict[str, Any]) -> Evidence:
+    """The distance at the largest scale, without and with the threshold."""
+    plain, held = _points(result, "cfg"), _points(result, "cfg + dynamic threshold")
+    scale = max(held)
+    return Evidence(
+        ratios=[there["FD"] / here["FD"] for there, here in zip(plain[scale], held[scale], strict=True)],
+        figure=f"scale {scale:g}: {mean(held[scale], 'FD'):.3g} against {mean(plain[scale], 'FD'):.3g}",
+    )

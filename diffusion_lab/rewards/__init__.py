@@ -1,0 +1,8 @@
+"""Rewards: numbers for clean samples, by which particle methods steer."""
+
+from diffusion_lab.rewards.base import Reward
+from diffusion_lab.rewards.brightness import Brightness
+from diffusion_lab.rewards.classifier import ClassLogProbability
+from diffusion_lab.rewards.measurement import MeasurementLikelihood
+
+__all__ = ["Brightness", "ClassLogProbability", "MeasurementLikelihood", "Reward"]
