@@ -52,7 +52,7 @@ WEAK = {
 }
 RECIPES.update({f"{part}-weak": [*RECIPES[part], *words] for part, words in WEAK.items()})
 HALF = Inpaint(mask="half", side="right")
-N = {"digits": 500, "mnist": 256}
+N = {"digits": 400, "mnist": 128}
 
 
 @dataclass(frozen=True)

@@ -360,7 +360,7 @@ def fitted_on_run(folder: Path, name: str) -> Any:
 def on_model(part: str, options: argparse.Namespace) -> None:
     """Fréchet distance by cost on trained models."""
     torch.set_num_threads(1)
-    seeds, n = range(3), options.n or (256 if part == "digits" else 192)
+    seeds, n = range(3), options.n or (256 if part == "digits" else 128)
     folders = {seed: trained(options.runs, part, seed if part == "digits" else 0) for seed in seeds}
     budgets = BUDGETS if part == "digits" else BUDGETS[:-1]
     tasks: list[tuple[Any, ...]] = []
@@ -373,7 +373,7 @@ def on_model(part: str, options: argparse.Namespace) -> None:
             steps = steps_within(probe, budget, dual)
             if steps is None:
                 continue
-            for grid in GRIDS if budget <= 20 else ("logsnr",):
+            for grid in GRIDS if budget <= 20 and part == "digits" else ("logsnr",):
                 peers = PEERS.get(name, {}) if grid == "logsnr" and budget == 10 else {}
                 tasks += [
                     (label, library, budget, cost(probe, steps, dual), steps, grid, seed)
