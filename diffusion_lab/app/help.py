@@ -19,7 +19,7 @@ COMMANDS = {
         ("1,000 images from the newest quickstart", "run=runs/digits/quickstart/latest num_samples=1000"),
         ("another sampler, fewer steps", "run=runs/digits/quickstart/latest sampler=heun grid.steps=10"),
         ("stronger guidance", "run=runs/digits/quickstart/latest guidance=cfg guidance.scale=3"),
-        ("the same seeds in larger batches, elsewhere", "run=<folder> batch_size=500 seed=0 out=my_samples"),
+        ("fill in what is missing of test images", "run=<folder> guidance=tweedie measurement=inpaint input=test:8"),
         ("a grid of settings", "-m run=<folder> sampler=ddim,heun,dpmpp_2m grid.steps=5,10,20"),
     ],
     "evaluate": [
