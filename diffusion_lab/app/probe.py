@@ -2,7 +2,7 @@
 
 How often a sample calls the network depends on the sampler, the grid, the guidance and its interval, and so does
 whether the network is ever asked without a label. So the job's own generation makes one sample, with stand-ins for
-every network, which count and look.
+every network, which count and look. Where the number depends on the answers, the first sample is drawn to count.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from diffusion_lab.app.build import Loaded, generation_of
 from diffusion_lab.app.errors import UserError, one_line
-from diffusion_lab.app.job import Job
+from diffusion_lab.app.job import Job, streams
 from diffusion_lab.app.stored import CLASSIFIER, WEAK, placed, replaced
 from diffusion_lab.process.interpolants import Interpolant
-from diffusion_lab.samplers.generate import BlankDenoiser
+from diffusion_lab.samplers.counting import BlankDenoiser, CountingDenoiser
 from diffusion_lab.typing import NO_LABEL, Cond
 
 
@@ -100,12 +100,20 @@ def probe(job: Job, loaded: Loaded, y: Tensor | None = None) -> Probed:
         cond["measurement"] = y
     try:
         # once around the model itself, for a guidance may look for something in it
-        generation_of({"generation": placed(job.generation, "cpu")}).wrapped(loaded.denoiser)
+        real = generation_of({"generation": placed(job.generation, "cpu")})
+        real.wrapped(loaded.denoiser)
         generation(blank, seeds=[0], cond=cond or None)
+        calls = blank.calls
+        if real.adaptive:
+            # how many there are depends on the answers: those of the first sample
+            counting = CountingDenoiser(loaded.denoiser, batch=1)
+            with torch.no_grad():
+                real(counting, seeds=streams(job.seed, [0]), cond=cond or None)
+            calls = counting.calls
     except ValueError as error:
         raise UserError(f"these settings cannot be sampled: {one_line(str(error))}") from error
     others = sum(other.calls for other in _blanks(generation.guidance))
-    return Probed(blank.calls + others, blank.unconditional)
+    return Probed(calls + others, blank.unconditional)
 
 
 def _blanks(factory: Any, depth: int = 6) -> list[Blank]:

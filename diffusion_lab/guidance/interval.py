@@ -1,5 +1,8 @@
 """Guiding where the noise level is inside an interval, and paying for guidance only there.
 
+The interval is closed: EDM's (sigma_low, sigma_high] is -2 ln sigma_high <= logsnr <= -2 ln sigma_low but for sigma_low
+itself, which is guided here. Where levels differ within a batch, both answers are made for all of it.
+
 References:
     Kynkaanniemi et al., "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
     Models", 2024, eq. 5.
@@ -38,7 +41,7 @@ class Interval:
     def __call__(
         self, x: Tensor, logsnr: Tensor, outside: Callable[[], Tensor], inside: Callable[[], Tensor]
     ) -> Tensor:
-        """Return `inside()` where the levels are in the interval, `outside()` elsewhere; call only what is needed.
+        """Return `inside()` where the levels are in the interval, `outside()` elsewhere; call one where one will do.
 
         Args:
             x: Noisy samples `(B, *D)`.

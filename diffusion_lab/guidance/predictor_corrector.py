@@ -35,6 +35,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +76,8 @@ class PredictorCorrectorGuidance:
     interval: Sequence[float] = EVERYWHERE
     inner: GuidanceFactory = unguided
     batched: bool = True
+
+    takes_modifiers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (self.steps >= 0 and self.size > 0.0):

@@ -34,7 +34,7 @@ from diffusion_lab.guidance.interval import EVERYWHERE
 from diffusion_lab.networks.layers import AttentionBlock, ResidualBlock
 from diffusion_lab.networks.mlp import PerceptronBlock
 from diffusion_lab.networks.unet import Stage
-from diffusion_lab.samplers.generate import BlankDenoiser, CountingDenoiser
+from diffusion_lab.samplers.counting import BlankDenoiser, CountingDenoiser
 from diffusion_lab.typing import Cond, DenoiserFn, conditional_of
 
 

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -78,6 +79,8 @@ class FeynmanKacCorrector:
     until: float = math.inf
     inner: GuidanceFactory = unguided
     batched: bool = True
+
+    takes_modifiers: ClassVar[bool] = False
 
     def __call__(self, denoiser: DenoiserFn) -> DenoiserFn:
         """Return the denoiser of both branches; the sampler guides it."""

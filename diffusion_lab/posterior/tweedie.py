@@ -68,6 +68,8 @@ class ExactTweedie:
         NotImplementedError: If (at call, "jvp") an operation has no forward-mode derivative.
     """
 
+    adaptive = True
+
     def __init__(
         self,
         denoiser: DenoiserFn,

@@ -62,6 +62,7 @@ class AdaptiveRK:
     max_steps: int = 10_000
 
     stochastic = False
+    adaptive = True
 
     def __post_init__(self) -> None:
         if not (self.rtol >= 0.0 and self.atol >= 0.0 and self.rtol + self.atol > 0.0 and self.max_steps > 0):

@@ -3,15 +3,19 @@ r"""From seeds to samples: everything that has to be fixed before a denoiser can
     noise    x = sigma(grid[0]) z,   z ~ N(0, I) from the sample's own seed
     then     x0 = sampler(modifiers(guidance(denoiser)), x, grid, cond)
 
-The same seed gives the same image whatever its batch, since noise comes from `SampleRNG`. Two things a guidance may
-say about itself: `draws = True` on its class, and each sample's seed is in `cond["seed"]`; a method `around(sampler)`,
-and it is asked for the sampler to use, because it has to touch the samples and not only the denoiser's answers.
+The same seed gives the same image whatever its batch, since noise comes from `SampleRNG`. A guidance may say about
+itself, by attributes of its class:
+
+    draws = True               it wants each sample's seed, in cond["seed"]
+    around(sampler)            it is asked for the sampler to use, because it has to touch the samples themselves
+    takes_modifiers = False    its sampler puts the guided answer together, out of a modifier's reach
+    adaptive = True            how often it calls the denoiser depends on the answers
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,58 +24,22 @@ from torch import Tensor
 from diffusion_lab.process.interpolants import Interpolant
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import Sampler
+from diffusion_lab.samplers.counting import BlankDenoiser, CountingDenoiser
 from diffusion_lab.typing import SEED, Cond, DenoiserFn, GuidanceFactory, OnStep
 
 
-class CountingDenoiser:
-    """A denoiser that counts its function evaluations (NFE).
-
-    Args:
-        denoiser: The denoiser.
-        batch: Number of samples: a call with n times as many rows is n evaluations. None counts calls.
-    """
-
-    def __init__(self, denoiser: DenoiserFn, batch: int | None = None) -> None:
-        self.interpolant: Interpolant = denoiser.interpolant
-        self.denoiser, self.batch = denoiser, batch
-        self.calls = 0
-
-    def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
-        """Count, and return E[x0 | x]."""
-        self.calls += 1 if self.batch is None else -(-len(x) // self.batch)
-        return self.denoiser(x, logsnr, cond)
-
-    @property
-    def embed(self) -> Callable[[Cond], Cond]:
-        """The denoiser's own `embed`; absent where it has none."""
-        return self.denoiser.embed  # type: ignore[attr-defined, no-any-return]
+def _built_on(factory: object) -> Iterator[object]:
+    """The guidance itself, then the one it has been given to build on, and so on."""
+    while factory is not None:
+        yield factory
+        factory = getattr(factory, "inner", None) or getattr(factory, "keywords", {}).get("inner")
 
 
-def _draws(factory: object) -> bool:
-    """Whether a guidance, or one it has been given to build on, draws noise."""
-    if getattr(getattr(factory, "func", factory), "draws", False):
-        return True
-    inner = getattr(factory, "inner", None) or getattr(factory, "keywords", {}).get("inner")
-    return inner is not None and _draws(inner)
-
-
-class BlankDenoiser:
-    """A denoiser that answers zero, in a way that can be differentiated: for counting calls without a network.
-
-    Args:
-        interpolant: The process.
-    """
-
-    def __init__(self, interpolant: Interpolant) -> None:
-        self.interpolant = interpolant
-
-    def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
-        """Return zeros of the shape of `x`."""
-        return torch.zeros_like(x) * x
-
-    def embed(self, cond: Cond) -> Cond:
-        """Return `cond`: there is no network that would make vectors of labels."""
-        return cond
+def _says(factory: object, word: str, default: bool = False) -> bool:
+    """What a guidance, or one it builds on, says about itself by a class attribute."""
+    return any(
+        getattr(getattr(part, "func", part), word, default) is not default for part in _built_on(factory)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +54,8 @@ class Generation:
         modifiers: Wrap the guided denoiser in this order, e.g. thresholding; a mapping's values stand in its order.
 
     Raises:
-        ValueError: If the grid is one that has yet to be fitted to a model.
+        ValueError: If the grid or the sampler is one that has yet to be fitted to a model, or a guidance that has to
+            touch the samples stands where it cannot.
     """
 
     sampler: Sampler
@@ -102,12 +71,32 @@ class Generation:
                 raise ValueError(
                     f"{name}: {type(part).__name__} is fitted to a trained model: name it to sample.py"
                 )
+        for factory in [
+            *list(_built_on(self.guidance))[1:],
+            *(p for m in self._modifiers for p in _built_on(m)),
+        ]:
+            if hasattr(factory, "around"):
+                raise ValueError(
+                    f"{type(factory).__name__} touches the samples between steps: it can only be the outermost guidance"
+                )
+        if self._modifiers and _says(self.guidance, "takes_modifiers", default=True):
+            raise ValueError(
+                f"{type(self.guidance).__name__} takes no modifiers: its answer is put together inside the sampler"
+            )
+
+    @property
+    def _modifiers(self) -> list[GuidanceFactory]:
+        return list(self.modifiers.values() if isinstance(self.modifiers, Mapping) else self.modifiers)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the number of evaluations depends on what the denoiser answers."""
+        return getattr(self.sampler, "adaptive", False) or _says(self.guidance, "adaptive")
 
     def wrapped(self, denoiser: DenoiserFn) -> DenoiserFn:
         """Return `denoiser` under guidance and modifiers."""
         denoiser = self.guidance(denoiser)
-        modifiers = self.modifiers.values() if isinstance(self.modifiers, Mapping) else self.modifiers
-        for modifier in modifiers:
+        for modifier in self._modifiers:
             denoiser = modifier(denoiser)
         return denoiser
 
@@ -133,7 +122,7 @@ class Generation:
             ValueError: If the grid starts where the process has infinite noise.
         """
         rng = SampleRNG(seeds)
-        if _draws(self.guidance):
+        if any(_says(factory, "draws") for factory in (self.guidance, *self._modifiers)):
             cond = {**(cond or {}), SEED: torch.tensor(list(seeds), dtype=torch.int64, device=device)}
         around = getattr(self.guidance, "around", None)
         sampler = self.sampler if around is None else around(self.sampler)
@@ -146,7 +135,10 @@ class Generation:
         return sampler(self.wrapped(denoiser), x, self.grid, cond=cond, rng=rng, on_step=on_step)
 
     def nfe(self, interpolant: Interpolant, cond: Cond | None = None) -> int:
-        """Return the number of denoiser calls one sample costs, counted on a run with a denoiser that answers zero."""
+        """Return the evaluations one sample costs, counted on a run with a denoiser that answers zero.
+
+        That is the true number unless the recipe is `adaptive`.
+        """
         counting = CountingDenoiser(BlankDenoiser(interpolant), batch=1)
         self(counting, seeds=[0], cond=cond)
         return counting.calls

@@ -72,6 +72,7 @@ class ParaDiGMS:
     tolerance: float
 
     stochastic = False
+    adaptive = True
 
     def __post_init__(self) -> None:
         if not (self.window >= 1 and self.tolerance >= 0.0):

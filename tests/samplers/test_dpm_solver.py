@@ -12,8 +12,8 @@ from scipy.integrate import quad
 
 from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.samplers import DDIM
+from diffusion_lab.samplers.counting import CountingDenoiser
 from diffusion_lab.samplers.dpm_solver import DPMSolver
-from diffusion_lab.samplers.generate import CountingDenoiser
 from diffusion_lab.samplers.grids import karras, uniform_u
 
 ORDERS = pytest.mark.parametrize("order", [1, 2, 3])

@@ -10,8 +10,8 @@ from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d
 from scipy.integrate import quad
 
 from diffusion_lab.denoisers import GaussianMixtureDenoiser
+from diffusion_lab.samplers.counting import CountingDenoiser
 from diffusion_lab.samplers.dpmpp_2s import DPMSolverPP2S
-from diffusion_lab.samplers.generate import CountingDenoiser
 from diffusion_lab.samplers.grids import karras, uniform_u
 
 EVERY_R = pytest.mark.parametrize("r", [0.3, 0.5, 1.0])

@@ -12,9 +12,9 @@ from scipy.integrate import quad
 
 from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.samplers import DPMSolverPP2M
+from diffusion_lab.samplers.counting import CountingDenoiser
 from diffusion_lab.samplers.dpmpp_3m import DPMSolverPP3M
 from diffusion_lab.samplers.dpmpp_sde import DPMSolverPPSDE
-from diffusion_lab.samplers.generate import CountingDenoiser
 from diffusion_lab.samplers.grids import karras, uniform_u
 
 VARIANTS = {
