@@ -13,10 +13,11 @@ Rule = Callable[[dict[str, Any]], "Evidence"]
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What a rule finds: one ratio a seed, and the figures in words."""
+    """What a rule finds: one ratio a seed, the figures in words, and whether the claim can be tested by them."""
 
     ratios: Sequence[float]
     figure: str
+    testable: bool = True
 
 
 # ---- samplers ------------------------------------------------------------------------------------------------
@@ -27,7 +28,7 @@ def _cell(result: dict[str, Any], sampler: str, budget: int) -> list[float]:
     rows = [
         row
         for row in result["figures"]["rows"]
-        if (row["sampler"], row["budget"], row["by"]) == (sampler, budget, "diffusion_lab")
+        if (row["sampler"], row["budget"], row["by"]) == (sampler, budget, "diffusion_lab") and "grid" in row
     ]
     return min((row["seeds"] for row in rows), key=statistics.mean)
 
@@ -44,6 +45,47 @@ def better(ours: str, others: Sequence[str], budgets: Sequence[int]) -> Callable
         shown = [
             f"{b} NFE: {statistics.mean(mine[b]):.3g} against "
             + ", ".join(f"{other} {statistics.mean(_cell(result, other, b)):.3g}" for other in others)
+            for b in budgets
+        ]
+        # where no contender gains by more steps, a distance says nothing about how fast they converge
+        longest = max(row["budget"] for row in result["figures"]["rows"])
+        converged = all(
+            statistics.mean(_cell(result, name, b)) <= 1.05 * statistics.mean(_last(result, name, longest))
+            for name in (ours, *others)
+            for b in budgets
+        )
+        return Evidence(ratios=ratios, figure="; ".join(shown), testable=not converged)
+
+    return rule
+
+
+def _last(result: dict[str, Any], sampler: str, budget: int) -> list[float]:
+    """Return the distances at the largest budget; a variant that was not run there has those of its sampler."""
+    try:
+        return _cell(result, sampler, budget)
+    except ValueError:
+        return _cell(result, sampler.partition(" (")[0], budget)
+
+
+def nearer(ours: str, others: Sequence[str], budgets: Sequence[int]) -> Callable[[dict[str, Any]], Evidence]:
+    """A rule: at every budget, `ours` is nearer to the solution of the network's own ODE than each of `others`."""
+
+    def errors(result: dict[str, Any], sampler: str, budget: int) -> list[float]:
+        return next(
+            row["seeds"]
+            for row in result["figures"]["rows"]
+            if "RMSE" in row and (row["sampler"], row["budget"]) == (sampler, budget)
+        )
+
+    def rule(result: dict[str, Any]) -> Evidence:
+        mine = {b: errors(result, ours, b) for b in budgets}
+        ratios = [
+            min(errors(result, other, b)[seed] / mine[b][seed] for other in others for b in budgets)
+            for seed in range(len(mine[budgets[0]]))
+        ]
+        shown = [
+            f"{b} NFE: error {statistics.mean(mine[b]):.3g} against "
+            + ", ".join(f"{other} {statistics.mean(errors(result, other, b)):.3g}" for other in others)
             for b in budgets
         ]
         return Evidence(ratios=ratios, figure="; ".join(shown))

@@ -110,7 +110,11 @@ PEERS: dict[str, dict[str, Peer]] = {
     "unipc": {"diffusers": diffusers("UniPCMultistepScheduler", solver_order=3, final_sigmas_type="zero")},
     "deis": {"diffusers": diffusers("DEISMultistepScheduler", solver_order=3)},
     "edm": {"k-diffusion": k_diffusion("sample_heun", s_churn=40.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003)},
-    "ddpm": {"k-diffusion": k_diffusion("sample_euler_ancestral")},
-    "sa_solver": {"diffusers": diffusers("SASolverScheduler")},
+    "ddpm_lower": {"k-diffusion": k_diffusion("sample_euler_ancestral")},
+    "sa_solver": {
+        "diffusers": diffusers(
+            "SASolverScheduler", predictor_order=3, corrector_order=4, tau_func=lambda t: 1.0
+        )
+    },
 }
 """Peers by the name of our sampler."""

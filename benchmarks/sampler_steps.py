@@ -32,7 +32,7 @@ K_DIFFUSION = {
     "euler": ("sample_euler", {}),
     "heun": ("sample_heun", {}),
     "edm": ("sample_heun", {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}),
-    "ddpm": ("sample_euler_ancestral", {}),
+    "ddpm_lower": ("sample_euler_ancestral", {}),
     "dpmpp_2m": ("sample_dpmpp_2m", {}),
     "dpmpp_2s": ("sample_dpmpp_2s_ancestral", {"eta": 0.0}),
     "dpmpp_2m_sde": ("sample_dpmpp_2m_sde", {}),
@@ -47,7 +47,10 @@ DIFFUSERS = {
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {"solver_order": 3}),
     "deis": ("DEISMultistepScheduler", {"solver_order": 3}),
-    "sa_solver": ("SASolverScheduler", {}),
+    "sa_solver": (
+        "SASolverScheduler",
+        {"predictor_order": 3, "corrector_order": 4, "tau_func": lambda t: 1.0},
+    ),
 }
 
 

@@ -3,7 +3,8 @@
     exact     ten Gaussians in 64 dimensions, the classes of scikit-learn's digits, with their exact denoiser: root mean
               square error against the ODE's solution (deterministic samplers) and Fréchet distance of 2,048
               samples to the mixture's own moments (all samplers; the mean of four draws for those that draw noise)
-    digits    Fréchet distance of samples of the quickstart's model, trained with three seeds
+    digits    Fréchet distance of samples of the quickstart's model, trained with three seeds; and for deterministic
+              samplers the root mean square error against that model's own ODE, from the same noise
     mnist     the same on a model of MNIST, three sampling seeds; needs DIFFUSION_LAB_DATA
 
 Cost is counted in evaluations of the denoiser (NFE), one with a forward-mode derivative as two; for each budget a
@@ -27,12 +28,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, commit, report
+from common import ROOT, report
 from omegaconf import OmegaConf
 from peers import PEERS
 from torch import Tensor
@@ -70,6 +72,8 @@ def samplers() -> dict[str, Any]:
     for file in sorted((ROOT / "conf" / "sampler").glob("*.yaml")):
         if file.stem not in LEFT_OUT:
             found[file.stem] = instantiate(OmegaConf.to_container(OmegaConf.load(file)), file.stem)
+    # the variance that k-diffusion's ancestral sampler has
+    found["ddpm_lower"] = replace(found["ddpm"], interpolation=0.0)
     return found
 
 
@@ -98,6 +102,12 @@ def cost(sampler: Any, steps: int, dual: int = 2) -> int:
     counting = Costing(Shrink(), dual)
     sampler(counting, torch.zeros(1, 1, 8, 8), log_grid(steps), rng=SampleRNG([0]))
     return counting.cost
+
+
+def probes(name: str) -> Any:
+    """Return a sampler to count the calls of `name` with: one that is fitted costs what DDIM costs."""
+    sampler = samplers()[name]
+    return sampler if getattr(sampler, "fitted", True) else samplers()["ddim"]
 
 
 def steps_within(sampler: Any, budget: int, dual: int = 2) -> int | None:
@@ -212,8 +222,6 @@ def fitted_on_mixture(sampler: Any, problem: GaussianMixtureDenoiser) -> Any:
     """Fit what wants fitting, to samples of the mixture."""
     if getattr(sampler, "fitted", True):
         return sampler
-    from dataclasses import replace
-
     from diffusion_lab.samplers.dpm_solver_v3_statistics import Statistics
 
     draw = torch.Generator().manual_seed(1)
@@ -305,7 +313,7 @@ def distance(folder: Path, name: str, library: str, steps: int, grid: str, seed:
 
     It is kept beside the run, so that a benchmark that was interrupted goes on.
     """
-    key = f"{commit()[:12]} {name} {library} {steps} {grid} {seed} {n}"
+    key = f"{sources(name, library)} {name} {library} {steps} {grid} {seed} {n}"
     kept = folder / "fitted" / f"distance-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if not kept.is_file():
         try:
@@ -315,6 +323,40 @@ def distance(folder: Path, name: str, library: str, steps: int, grid: str, seed:
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(json.dumps({"key": key, "distance": found}))
     return float(json.loads(kept.read_text())["distance"])
+
+
+@cache
+def sources(name: str, library: str) -> str:
+    """Hash what a sampler's samples depend on: its own file, what all samplers share, and the peers' adapters."""
+    package = ROOT / "diffusion_lab"
+    shared = [package / "samplers" / "base.py", *sorted((package / "process").rglob("*.py"))]
+    own = Path(str(sys.modules[type(samplers()[name]).__module__].__file__))
+    conf = ROOT / "conf" / "sampler" / f"{name}.yaml"
+    files = [own, *shared, *([conf] if conf.is_file() else [])]
+    files += [ROOT / "benchmarks" / "peers.py"] if library != "diffusion_lab" else []
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+@torch.no_grad()
+def ode_errors(folder: Path, tasks: Sequence[tuple[str, int]], seed: int, n: int = 64) -> list[float]:
+    """Return the RMSE of samples to the solution of the model's own ODE, from the same noise.
+
+    Args:
+        folder: The run.
+        tasks: Deterministic samplers by name, each with its number of steps, of equal size in log-SNR.
+        seed: Of the noise.
+        n: Samples.
+    """
+    denoiser, x0, _, _ = loaded(folder)
+    seeds = [seed * 2**20 + i for i in range(n)]
+    cond = {"label": torch.arange(n) % 10}
+    start = float(denoiser.interpolant(log_grid(2)[0])[1]) * SampleRNG(seeds).randn(x0.shape[1:])
+    truth = samplers()["dpmpp_3m"](denoiser, start, log_grid(300), cond=cond)
+    found = []
+    for name, steps in tasks:
+        end = fitted_on_run(folder, name)(denoiser, start, log_grid(steps), cond=cond)
+        found.append(float((end - truth).square().mean().sqrt()))
+    return found
 
 
 def _distance(folder: Path, name: str, library: str, steps: int, grid: str, seed: int, n: int) -> float:
@@ -341,8 +383,6 @@ def fitted_on_run(folder: Path, name: str) -> Any:
     sampler = samplers()[name]
     if getattr(sampler, "fitted", True):
         return sampler
-    from dataclasses import replace
-
     from safetensors.torch import load_file, save_file
 
     from diffusion_lab.samplers.dpm_solver_v3_statistics import Statistics
@@ -367,8 +407,7 @@ def on_model(part: str, options: argparse.Namespace) -> None:
     contenders = [(name, name, 2) for name in samplers() if part == "digits" or name in ON_MNIST]
     contenders.append(("covariance" + FREE, "covariance", 1))
     for label, name, dual in contenders:
-        sampler = samplers()[name]
-        probe = sampler if getattr(sampler, "fitted", True) else samplers()["ddim"]
+        probe = probes(name)
         for budget in budgets if dual == 2 else (5, 8, 10):
             steps = steps_within(probe, budget, dual)
             if steps is None:
@@ -401,8 +440,30 @@ def on_model(part: str, options: argparse.Namespace) -> None:
         }
         for (name, library, budget, nfe, _, grid), values in groups.items()
     ]  # fmt: skip
+    exactly = [
+        (label, name, budget, steps)
+        for label, name, dual in contenders
+        if not getattr(samplers()[name], "stochastic", False)
+        for budget in budgets
+        if (steps := steps_within(probes(name), budget, dual)) is not None
+    ]
+    jobs = [(folders[seed], [(name, steps) for _, name, _, steps in exactly], seed) for seed in seeds]
+    with ProcessPoolExecutor(options.workers) as pool:
+        errors = list(pool.map(ode_errors, *zip(*jobs, strict=True)))
+    ode_rows = [
+        {
+            "sampler": label, "by": "diffusion_lab", "budget": budget, "RMSE": statistics.mean(e[k] for e in errors),
+            "seeds": [e[k] for e in errors],
+        }
+        for k, (label, _, budget, _) in enumerate(exactly)
+    ]  # fmt: skip
     at_ten = {(r["sampler"], r["by"], r["budget"]): r[label] for r in rows if r["grid"] == "logsnr"}
-    report(f"samplers_{part}", rows, against_peers(at_ten), {"by_cost": by_cost(rows, label)})
+    report(
+        f"samplers_{part}",
+        [*rows, *ode_rows],
+        against_peers(at_ten),
+        {"by_cost": by_cost(rows, label), "to_ode": by_cost(ode_rows, "RMSE")},
+    )
 
 
 def main(words: Sequence[str] | None = None) -> None:
