@@ -141,17 +141,17 @@ def interval_at_equal_accuracy(result: dict[str, Any]) -> Evidence:
 
 
 def autoguidance_recall(result: dict[str, Any]) -> Evidence:
-    """Recall of autoguidance at its largest scale, against that of classifier-free guidance of the same precision."""
-    cfg, auto = _points(result, "cfg"), _points(result, "autoguidance")
-    scale = max(auto)
+    """Recall of autoguidance at scale 2, against that of classifier-free guidance of the same accuracy."""
+    cfg, auto = _points(result, "cfg"), _points(result, "autoguidance")[2.0]
     ratios, there = [], []
-    for k, found in enumerate(auto[scale]):
-        there.append(_at([(of[k]["precision"], of[k]["recall"]) for of in cfg.values()], found["precision"]))
+    for k, found in enumerate(auto):
+        # accuracy grows with the scale, and precision does not: beyond some scale it falls again
+        there.append(_at([(of[k]["accuracy"], of[k]["recall"]) for of in cfg.values()], found["accuracy"]))
         ratios.append(found["recall"] / there[-1])
     return Evidence(
         ratios=ratios,
-        figure=f"recall at scale {scale:g}: {mean(auto[scale], 'recall'):.3f} at precision "
-        f"{mean(auto[scale], 'precision'):.3f}, classifier-free {statistics.mean(there):.3f}",
+        figure=f"recall {mean(auto, 'recall'):.3f} at accuracy {mean(auto, 'accuracy'):.3f}, classifier-free guidance "
+        f"{statistics.mean(there):.3f}",
     )
 
 

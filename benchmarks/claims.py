@@ -135,7 +135,6 @@ def _guidance_rows(part: str) -> list[Claim]:
             "guidance in an interval has a lower Fréchet distance than constant guidance of the same accuracy "
             "(ImageNet-512, EDM2-XXL: FID 1.40 against 1.81)",
             interval_at_equal_accuracy,
-            nearer,
         ),
         claim("Karras et al. 2024", "autoguidance keeps variety", autoguidance_recall),
         claim(

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from common import ROOT, report
-from samplers import RECIPES, extractor, loaded, trained
+from models import RECIPES, extractor, loaded, trained
 from torch import Tensor
 
 from diffusion_lab.app.build import data_module, generation_of, load_denoiser

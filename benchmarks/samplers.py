@@ -24,7 +24,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,15 +34,15 @@ from typing import Any
 
 import torch
 from common import ROOT, report
+from exact_problem import fitted_on_mixture, mixture, moments, sample_moments
+from models import extractor, loaded, trained
 from omegaconf import OmegaConf
 from peers import PEERS
 from torch import Tensor
 
-from diffusion_lab.app.build import data_module, instantiate, load_denoiser
-from diffusion_lab.denoisers import GaussianMixtureDenoiser
+from diffusion_lab.app.build import instantiate
 from diffusion_lab.forward_mode import is_dual
-from diffusion_lab.images import to_float, to_uint8
-from diffusion_lab.metrics.features import MNISTCNN, DigitsCNN
+from diffusion_lab.images import to_uint8
 from diffusion_lab.metrics.frechet import frechet_distance, frechet_from_stats
 from diffusion_lab.metrics.stats import gaussian_stats
 from diffusion_lab.process import VariancePreserving
@@ -142,29 +141,6 @@ GRIDS: dict[str, Callable[[int], Tensor]] = {"logsnr": log_grid, "cosine": cosin
 # ---- the exact problem ---------------------------------------------------------------------------------------
 
 
-@cache
-def mixture() -> GaussianMixtureDenoiser:
-    """Ten Gaussians at the class means of the digits, each with its class's mean variance in 64 dimensions."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    x, y = torch.from_numpy(digits.data / 8.0 - 1.0), torch.from_numpy(digits.target)
-    return GaussianMixtureDenoiser(
-        means=torch.stack([x[y == k].mean(0) for k in range(10)]),
-        variances=torch.stack([x[y == k].var(0).mean() for k in range(10)]),
-        weights=torch.ones(10, dtype=torch.float64),
-        labels=torch.arange(10),
-        interpolant=VariancePreserving(),
-    )
-
-
-def moments(problem: GaussianMixtureDenoiser) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the mixture."""
-    mean = problem.means.mean(0)
-    spread = problem.means - mean
-    return mean, torch.diag(problem.variances.mean(0)) + spread.T @ spread / len(problem.means)
-
-
 def exact(_: argparse.Namespace) -> None:
     """Run the exact problem."""
     problem, (mean, cov) = mixture(), moments(mixture())
@@ -218,25 +194,6 @@ def exact(_: argparse.Namespace) -> None:
     )
 
 
-def fitted_on_mixture(sampler: Any, problem: GaussianMixtureDenoiser) -> Any:
-    """Fit what wants fitting, to samples of the mixture."""
-    if getattr(sampler, "fitted", True):
-        return sampler
-    from diffusion_lab.samplers.dpm_solver_v3_statistics import Statistics
-
-    draw = torch.Generator().manual_seed(1)
-    component = torch.randint(10, (256,), generator=draw)
-    noise = torch.randn(256, 64, generator=draw, dtype=torch.float64)
-    x0 = problem.means[component] + problem.variances[component].sqrt() * noise
-    return replace(sampler, statistics=Statistics.of(sampler.fit(problem, x0, None, SampleRNG(range(256)))))
-
-
-def sample_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of rows; numbers that are not finite count as 0, as they do in a picture."""
-    x = torch.nan_to_num(x, posinf=0.0, neginf=0.0)
-    return x.mean(0), torch.cov(x.T)
-
-
 def by_cost(rows: Sequence[dict[str, Any]], figure: str) -> list[dict[str, Any]]:
     """Arrange one figure of ours as a table, a sampler a row and a budget a column, the better grid in each cell."""
     table: dict[str, dict[str, Any]] = {}
@@ -262,49 +219,6 @@ def against_peers(found: dict[tuple[str, str, int], float]) -> dict[str, float]:
 
 
 # ---- models --------------------------------------------------------------------------------------------------
-
-RECIPES = {
-    "digits": ["experiment=digits/quickstart"],
-    "mnist": [
-        "experiment=mnist/quickstart", "model.channels=16", "lr_schedule=linear",
-        "lr_schedule.warmup_images=6400", "max_images=102400", "optimizer.lr=2e-3",
-        "callbacks.sample_grid.every_images=102400",
-    ],
-}  # fmt: skip
-
-
-def trained(runs: Path, part: str, seed: int) -> Path:
-    """Train a model unless it is there, and return its folder."""
-    folder = runs / "benchmark" / f"{part}-{seed}"
-    if not (folder / "export").is_dir():
-        words = [
-            *RECIPES[part],
-            f"seed={seed}",
-            f"paths.runs={runs}",
-            f"run_id={folder.name}",
-            "name=benchmark",
-        ]
-        subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True)
-    return folder
-
-
-@cache
-def loaded(folder: Path) -> tuple[Any, Tensor, Tensor, Any]:
-    """Denoiser, training images and labels as floats, and the statistics of the test images."""
-    torch.set_num_threads(1)
-    model = load_denoiser(folder)
-    data = data_module(model.config)
-    images, labels = data.train_images()
-    assert labels is not None
-    test, _ = data.test_images()
-    features = extractor(data.shape)
-    return model.denoiser, to_float(images), labels, gaussian_stats(features(test))
-
-
-@cache
-def extractor(shape: tuple[int, ...]) -> Any:
-    """The features that distances are measured in."""
-    return (DigitsCNN() if shape[-1] == 8 else MNISTCNN()).eval()
 
 
 @torch.no_grad()
