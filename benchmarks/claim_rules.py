@@ -107,15 +107,18 @@ def _points(
     }
 
 
-def _at(curve: Sequence[tuple[float, float]], x: float) -> float:
-    """Return y at `x` on the line through points sorted by x, flat beyond its ends."""
-    points = sorted(curve)
-    if x <= points[0][0]:
+def _when(scales: dict[float, list[dict[str, float]]], seed: int, accuracy: float, key: str) -> float:
+    """Return a figure at the smallest scale that reaches an accuracy, between scales interpolated.
+
+    Accuracy saturates: larger scales have it too, at worse figures, and are no fair rival.
+    """
+    points = [(found[seed]["accuracy"], found[seed][key]) for _, found in sorted(scales.items())]
+    if points[0][0] >= accuracy:
         return points[0][1]
     for (x0, y0), (x1, y1) in pairwise(points):
-        if x <= x1:
-            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return points[-1][1]
+        if x1 >= accuracy:
+            return y0 + (y1 - y0) * (accuracy - x0) / (x1 - x0)
+    return max(points)[1]
 
 
 def mean(seeds: Sequence[dict[str, float]], key: str) -> float:
@@ -131,7 +134,7 @@ def interval_at_equal_accuracy(result: dict[str, Any]) -> Evidence:
     interval, scale, seeds = min(settings, key=lambda setting: mean(setting[2], "FD"))
     ratios, there = [], []
     for k, found in enumerate(seeds):
-        there.append(_at([(of[k]["accuracy"], of[k]["FD"]) for of in constant.values()], found["accuracy"]))
+        there.append(_when(constant, k, found["accuracy"], "FD"))
         ratios.append(there[-1] / found["FD"])
     return Evidence(
         ratios=ratios,
@@ -145,8 +148,8 @@ def autoguidance_recall(result: dict[str, Any]) -> Evidence:
     cfg, auto = _points(result, "cfg"), _points(result, "autoguidance")[2.0]
     ratios, there = [], []
     for k, found in enumerate(auto):
-        # accuracy grows with the scale, and precision does not: beyond some scale it falls again
-        there.append(_at([(of[k]["accuracy"], of[k]["recall"]) for of in cfg.values()], found["accuracy"]))
+        # not of the same precision, which beyond some scale falls again
+        there.append(_when(cfg, k, found["accuracy"], "recall"))
         ratios.append(found["recall"] / there[-1])
     return Evidence(
         ratios=ratios,
