@@ -48,7 +48,7 @@ INTERVALS = {"everywhere": EVERYWHERE, "[-3, 5]": (-3.0, 5.0), "[-1, 3]": (-1.0,
 SCALES = {"digits": (1.0, 1.5, 2.0, 3.0, 5.0, 8.0), "mnist": (1.0, 2.0, 4.0, 8.0)}
 WEAK = {
     "digits": ["model.channels=16", "max_images=22400"],
-    "mnist": ["model.channels=8", "max_images=25600"],
+    "mnist": ["model.channels=8", "model.head_channels=8", "max_images=25600"],
 }
 RECIPES.update({f"{part}-weak": [*RECIPES[part], *words] for part, words in WEAK.items()})
 HALF = Inpaint(mask="half", side="right")
