@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def run(cfg: DictConfig) -> Scored:
     folder = Path(config["run"]).resolve()
     trained = read_run(folder)
     judge = yardstick(trained, config["metrics"], device_of(config["device"]))
-    if config["num_samples"] is None:
+    if config["num_samples"] is None and config["samples"] is None:
         config["num_samples"] = len(judge.real)
     samples = _samples(config, folder)
     records = score(samples, judge)
@@ -159,7 +159,8 @@ def _cache_folder() -> Path:
 def _samples(config: Mapping[str, Any], folder: Path) -> Samples:
     """Return the samples that a config names, drawn now where they are not there yet."""
     if config["samples"] is not None:
-        return read_samples(Path(config["samples"]))
+        given = read_samples(Path(config["samples"]))
+        return given if config["num_samples"] is None else _first(given, int(config["num_samples"]))
     loaded = load_denoiser(folder, config["ema"])
     job = from_config({**config, "run": str(folder)}, loaded)
     earlier, out = find_done(job, folder), default_out(folder, job, loaded)
@@ -169,6 +170,14 @@ def _samples(config: Mapping[str, Any], folder: Path) -> Samples:
     command = record.command("evaluate", config.get("overrides") or [])
     draw(job, loaded, out, devices=int(config["devices"]), command=command, earlier=earlier)
     return read_samples(out)
+
+
+def _first(samples: Samples, n: int) -> Samples:
+    """Return the first `n` samples."""
+    if n > len(samples.images):
+        raise UserError(f"num_samples={n}: there are {len(samples.images)} samples in {samples.where}")
+    labels = None if samples.labels is None else samples.labels[:n]
+    return replace(samples, images=samples.images[:n], labels=labels)
 
 
 def read_samples(path: Path) -> Samples:

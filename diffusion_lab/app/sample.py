@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from diffusion_lab.app import launch, parts, posterior, record
 from diffusion_lab.app.build import Loaded, load_denoiser, plain
 from diffusion_lab.app.display import Ticker, facts_table, show, shown
-from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.fit import describe_part
 from diffusion_lab.app.inputs import Measured, measured, read_inputs, read_measured
 from diffusion_lab.app.job import STRIDE, Job, from_config, read_job
@@ -193,6 +193,9 @@ def draw(
             _in_ranks(job, folder, min(devices, len(todo)), ticker)
         else:
             parts.make(job, loaded, todo, folder, on_part=lambda part: ticker.update(ticker.done + len(part)))
+    except ValueError as error:
+        # what only shows at the first call: a class that the model does not know, an operator that does not fit
+        raise UserError(f"these settings cannot be sampled: {one_line(str(error))}") from error
     finally:
         ticker.close()
     # the seconds are those of what was made now, not of what an earlier job left

@@ -84,6 +84,11 @@ def _plan(key: str, node: Mapping[str, Any], loaded: Loaded, folder: Path, where
         raise UserError(
             f"{where}.{text}" if text.startswith(("run=", "ema=")) else f"{where}: {text}"
         ) from error
+    if key == WEAK and found.sha256 == loaded.sha256:
+        raise UserError(
+            f"{where}: the weak model is the model itself; name a worse one by {where}.run=<folder> or "
+            f"{where}.ema=<average>"
+        )
     _compare(found.config, loaded.config, key, where, place)
     return {
         "_target_": TARGET,

@@ -55,11 +55,10 @@ class AutoGuidance:
     ) -> None:
         if not callable(weak) or not hasattr(weak, "interpolant"):
             raise ValueError(f"{type(self).__name__} needs a weak denoiser, with an interpolant, got {weak}")
-        low, high = interval
         self.interpolant: Interpolant = denoiser.interpolant
         self.conditional = conditional_of(denoiser)
         self.denoiser, self.weak, self.scale = denoiser, weak, scale
-        self.interval = Interval(low, high)
+        self.interval = Interval(interval)
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
         """Return the guided x0_hat, of the shape of `x`."""

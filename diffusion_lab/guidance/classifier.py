@@ -58,11 +58,10 @@ class ClassifierGuidance:
     ) -> None:
         if not callable(classifier):
             raise ValueError(f"ClassifierGuidance needs a classifier, got {classifier!r}")
-        low, high = interval
         self.interpolant: Interpolant = denoiser.interpolant
         self.conditional = conditional_of(denoiser)
         self.denoiser, self.classifier, self.scale = inner(denoiser), classifier, scale
-        self.with_label, self.interval = with_label, Interval(low, high)
+        self.with_label, self.interval = with_label, Interval(interval)
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
         """Return the guided x0_hat, of the shape of `x`; examples without a label are not guided.

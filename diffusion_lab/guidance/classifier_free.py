@@ -48,11 +48,10 @@ class ClassifierFree:
         interval: Sequence[float] = (-math.inf, math.inf),
         batched: bool = True,
     ) -> None:
-        low, high = interval
         self.interpolant: Interpolant = denoiser.interpolant
         self.conditional = conditional_of(denoiser)
         self.denoiser, self.scale, self.batched = denoiser, scale, batched
-        self.interval = Interval(low, high)
+        self.interval = Interval(interval)
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
         """Return the guided x0_hat, of the shape of `x`; without a condition there is nothing to guide towards."""

@@ -11,7 +11,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,14 +25,16 @@ class Interval:
     """The log-SNRs low <= logsnr <= high.
 
     Args:
-        low: Lower end.
-        high: Upper end.
+        ends: `(low, high)`.
 
     Raises:
-        ValueError: If the ends are not ordered.
+        ValueError: If there are not two ends, or they are not ordered.
     """
 
-    def __init__(self, low: float, high: float) -> None:
+    def __init__(self, ends: Sequence[float]) -> None:
+        if len(ends) != 2:
+            raise ValueError(f"a guidance interval is two log-SNRs, [low, high], got {list(ends)}")
+        low, high = ends
         if not low <= high:
             raise ValueError(f"a guidance interval needs low <= high, got {low} and {high}")
         self.low, self.high = float(low), float(high)

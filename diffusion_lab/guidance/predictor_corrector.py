@@ -84,8 +84,7 @@ class PredictorCorrectorGuidance:
             raise ValueError(
                 f"predictor-corrector guidance needs steps >= 0 and size > 0, got {self.steps} and {self.size}"
             )
-        low, high = self.interval
-        Interval(low, high)
+        Interval(self.interval)
 
     def __call__(self, denoiser: DenoiserFn) -> DenoiserFn:
         """Return the denoiser of the predictor; the corrector guides its answers."""

@@ -183,7 +183,7 @@ def _scores(sheet: Sheet, group: Sequence[Row], number: int) -> str:
     for row in group:
         cells = [f"<td>{html.escape(row.varied[key])}</td>" for key in sheet.keys]
         if cells and distance is not None:
-            colour = colours[row.sampler] % len(figures.SERIES) + 1
+            colour = colours[_kind(sheet, row)] % len(figures.SERIES) + 1
             dot = f'<i class="dot" style="color:var(--series-{colour})">●</i>'
             cells[0] = cells[0].replace("<td>", f"<td>{dot}", 1)
         for place, (text, note) in enumerate(_cells(sheet, row)):
@@ -233,9 +233,15 @@ def _notes(sheet: Sheet, group: Sequence[Row]) -> str:
 
 
 def _colours(sheet: Sheet) -> dict[str, int]:
-    """Return the number of each sampler's colour."""
-    names = sorted({row.sampler for row in sheet.rows})
+    """Return the number of the colour of each kind of row."""
+    names = sorted({_kind(sheet, row) for row in sheet.rows})
     return {name: number for number, name in enumerate(names)}
+
+
+def _kind(sheet: Sheet, row: Row) -> str:
+    """What has a colour of its own: a sampler; where there is but one, whatever else was varied."""
+    several = len({other.sampler for other in sheet.rows}) > 1
+    return row.sampler if several else variant(row.varied, leave=["grid.steps"])
 
 
 def _chart(sheet: Sheet, group: Sequence[Row], number: int) -> str:
@@ -246,15 +252,15 @@ def _chart(sheet: Sheet, group: Sequence[Row], number: int) -> str:
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in drawn:
         label = variant(row.varied, leave=["grid.steps"])
-        lines.setdefault((row.sampler, label or row.sampler.partition("(")[0]), []).append(row)
+        lines.setdefault((_kind(sheet, row), label or row.sampler.partition("(")[0]), []).append(row)
     colours = _colours(sheet)
     markers: dict[str, int] = {}
     series = []
-    for (sampler, label), found in sorted(lines.items()):
+    for (kind, label), found in sorted(lines.items()):
         rows = sorted(found, key=lambda row: row.nfe or 0)
-        marker = markers[sampler] = markers.get(sampler, -1) + 1
+        marker = markers[kind] = markers.get(kind, -1) + 1
         x, y = [float(row.nfe or 0) for row in rows], [row.distance.value for row in rows if row.distance]
-        series.append(figures.Series(label, x, y, colours[sampler], marker + colours[sampler] // 8))
+        series.append(figures.Series(label, x, y, colours[kind], marker + colours[kind] // 8))
     distance, best = _heads(group)[0], _best(drawn)
     assert distance is not None
     svg = figures.scatter_chart(
