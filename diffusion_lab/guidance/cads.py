@@ -21,10 +21,11 @@ and tau2 = 0.9 on linear-beta models (DDPM's 1000 steps, beta from 1e-4 to 0.02,
 
 which are the defaults here; on a cosine schedule, -2 log tan(pi t / 2), the same times are -0.64 and -3.7.
 
-Two departures. The noise is in units of the condition's own standard deviation s, where the paper's is absolute (0.25
-or less, to be tuned for each kind of embedding: divide by the embedding's s); so one value serves all conditions. And n
-belongs to the sample's seed and the level, not to the evaluation, so that a sampler that asks twice at one level hears
-the same condition.
+Three departures. Between the thresholds g is linear in log-SNR, where the paper's is linear in its time. The noise is
+in units of the condition's own standard deviation s, where the paper's is absolute (0.25 or less, to be tuned for
+each kind of embedding: divide by the embedding's s); so one value serves all conditions. And n belongs to the
+sample's seed and the level, not to the evaluation, so that a sampler that asks twice at one level hears the same
+condition.
 
 It samples no stated distribution: it trades faithfulness to the condition for variety, most of all at high scales.
 
@@ -108,7 +109,8 @@ class Annealed:
         """Return c_hat `(B, ...)` for one condition c."""
         if SEED not in cond:
             raise ValueError('CADS draws noise: it needs each sample\'s seed, cond["seed"] (B,) int64')
-        keys = zip(cond[SEED].tolist(), level.tolist(), strict=True)
+        # the same noise in every precision
+        keys = zip(cond[SEED].tolist(), level.to(torch.float32).tolist(), strict=True)
         rng = SampleRNG([derive_seed("cads", int(seed), repr(at), name) % 2**32 for seed, at in keys])
         n = rng.randn(c.shape[1:]).to(c)
         mean, std = _moments(c)

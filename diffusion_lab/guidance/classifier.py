@@ -4,7 +4,8 @@ r"""Classifier guidance: towards noisy images that a classifier recognises.
     x0_hat = x0_inner                                                                elsewhere, without the classifier
 
 which adds scale times the classifier's gradient to the score; in terms of eps it is eps - scale sigma grad, the second
-algorithm of the paper, whose first is the same on ancestral sampling. By Bayes' rule, with the exact classifier,
+algorithm of the paper, to which its first, for ancestral sampling, tends as steps get short. By Bayes' rule, with the
+exact classifier,
 
     scale 1 on the unconditional denoiser   is the conditional one,
     scale s on the conditional one          is classifier-free guidance of scale 1 + s.
@@ -91,10 +92,11 @@ class ClassifierGuidance:
             x_in = x if again else x.detach().requires_grad_(True)
             logits = self.classifier(x_in, level)
             K = logits.shape[1]
-            if label.device.type == "cpu" and bool((label >= K).any()):
-                raise ValueError(
-                    f"label {int(label.max())} is not one of the classifier's {K} classes (0 .. {K - 1})"
-                )
+            strange = (label >= K) | ((label < 0) & (label != NO_LABEL))
+            # on a GPU the question would make every step wait; `gather` answers there
+            if label.device.type == "cpu" and bool(strange.any()):
+                wrong = int(label[strange][0])
+                raise ValueError(f"label {wrong} is not one of the classifier's {K} classes (0 .. {K - 1})")
             known = label != NO_LABEL
             log_p = torch.log_softmax(logits, dim=1).gather(1, label.clamp_min(0)[:, None])[:, 0]
             total = torch.where(known, log_p, torch.zeros_like(log_p)).sum()

@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -67,7 +68,7 @@ class Composition:
         for label, weight in zip(self.labels, self.weights, strict=True):
             if weight != 0.0:
                 branches.append({**rest, "label": torch.full((len(x),), label, device=x.device)})
-        if sum(weights) == 1.0:
+        if math.isclose(sum(weights), 1.0, abs_tol=1e-9):
             given = answers(self.denoiser, x, logsnr, branches, batched=self.batched)
             return _weighted(given, weights)
         without, *given = answers(self.denoiser, x, logsnr, [rest or None, *branches], batched=self.batched)

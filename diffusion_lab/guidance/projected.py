@@ -1,7 +1,7 @@
 r"""Adaptive projected guidance: classifier-free guidance without the part that saturates.
 
-    d = x0_cond - x0_uncond + momentum d_before                      d_before: d of the evaluation before, or 0
-    d = d min(1, norm_threshold / |d|)
+    m = x0_cond - x0_uncond + momentum m_before                      m_before: m of the evaluation before, or 0
+    d = m min(1, norm_threshold / |m|)
     d_par = <d, c> / <c, c> c,    d_orth = d - d_par                 c = x0_cond
     x0_hat = x0_cond + (scale - 1) (d_orth + eta d_par)
 
@@ -52,6 +52,8 @@ class Projected(ClassifierFree):
         ValueError: If a setting is outside its range or the interval is not ordered; at a call, if there is a momentum
             and the levels of the samples differ.
     """
+
+    remembers = "momentum"
 
     def __init__(
         self,

@@ -71,6 +71,8 @@ class DynamicThreshold:
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
         """Return x0_hat in [-limit, limit], of the shape of `x`."""
         x0 = self.denoiser(x, logsnr, cond)
-        s = torch.quantile(x0.flatten(1).abs().to(torch.float32), self.quantile, dim=1)
+        # a sample at a time, since torch.quantile takes no more than 2^24 numbers, which a batch may exceed
+        rows = x0.flatten(1).abs().to(torch.float32).unbind(0)
+        s = torch.stack([torch.quantile(row, self.quantile) for row in rows])
         s = broadcast_right(s.clamp_min(self.limit).to(x0.dtype), x0)
         return x0.clamp(-s, s) * (self.limit / s)

@@ -55,7 +55,7 @@ class ClassificationLoss(nn.Module):
             logsnr: `(B,)` levels to use instead of drawing them.
 
         Raises:
-            ValueError: If there are no labels.
+            ValueError: If there are no labels, or (on the CPU) an example has none.
         """
         if cond is None or "label" not in cond:
             raise ValueError("a classifier learns from labels, and this data set has none")
@@ -64,5 +64,9 @@ class ClassificationLoss(nn.Module):
         logsnr = logsnr.to(x0.dtype) if x0.dtype == torch.float64 else logsnr.float()
         eps = rng.randn("noise", x0.shape[1:], dtype=x0.dtype)
         x = marginal(classifier.interpolant, x0, eps, logsnr)
+        labels = cond["label"]
+        # on a GPU the question would make every step wait; the loss's own check answers there
+        if labels.device.type == "cpu" and bool((labels < 0).any()):
+            raise ValueError("a classifier learns from labels, and some examples have none")
         per_example = F.cross_entropy(classifier(x, logsnr), cond["label"], reduction="none")
         return LossTerms(total=per_example.mean(), per_example=per_example, logsnr=logsnr)

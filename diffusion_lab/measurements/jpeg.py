@@ -8,7 +8,9 @@ channel uses the luminance table, without JPEG's change of colours and its halve
 derivative; its gradient is taken to be that of the identity (straight-through), under which A looks like no loss at
 all.
 
-Images with a side below 8 have blocks of that side n, whose frequency k is as high as 8 k / n of an 8-block.
+Images with a side below 8 have blocks of that side n, whose frequency k is as high as 8 k / n of an 8-block. Their
+orthonormal coefficients are n / 8 as large for the same picture, and so are the table's steps there. JPEG shifts bytes
+by 128, this by 127.5, the middle of [0, 255].
 
 References:
     Wallace, "The JPEG Still Picture Compression Standard", 1992; table of annex K of ITU-T T.81; scaling of libjpeg.
@@ -65,7 +67,7 @@ class JPEGLike:
         n = min(8, H, W)
         if H % n or W % n:
             raise ValueError(f"JPEGLike: blocks of {n} x {n} do not divide an image of {H} x {W} pixels")
-        C, table = _dct_matrix(n).to(x0), quantisation_table(self.quality, n).to(x0)
+        C, table = _dct_matrix(n).to(x0), n / 8 * quantisation_table(self.quality, n).to(x0)
         blocks = (STEPS * x0).unflatten(3, (-1, n)).unflatten(2, (-1, n)).transpose(3, 4)
         c = C @ blocks @ C.T / table
         # the value of the rounded, the derivative of the unrounded

@@ -51,7 +51,8 @@ def measurement(cond: Cond | None, like: Tensor, operator: Operator) -> Tensor:
             f"cond['{MEASUREMENT}'] has shape {tuple(y.shape)}, but {name} makes {tuple(like.shape)} of these samples"
         )
     y = y.to(like)
-    return operator.known(y) * y if isinstance(operator, Masking) else y
+    # whatever stands for a missing pixel, nan too
+    return torch.where(operator.known(y) > 0, y, 0.0) if isinstance(operator, Masking) else y
 
 
 def require_linear(operator: Operator, method: str) -> None:

@@ -7,9 +7,11 @@ c x0, c = (1 - e^(l_t - l_s)) alpha_s, so the same z_s comes of the edit
 
     x0 <- x0 - (zeta / c) grad_z |y - A(x0(z))|^2,
 
-which lets DPS work with every sampler; with `ddpm` it is the paper's algorithm. In another interpolant x = k z with
-k = sqrt(alpha^2 + sigma^2), so grad_z = k grad_x and images are the same in all. The next level is a matter of the
-grid: an evaluation inside a step (a solver's second stage) takes that step's c, and the last step, to +inf, has c = 1.
+by which DPS runs with every sampler; with `ddpm` it is the paper's algorithm. A sampler that does not go along the
+grid step by step (adaptive, restarting, with corrections) is pushed at each call, which is not the paper's total. In
+another interpolant x = k z with k = sqrt(alpha^2 + sigma^2), so grad_z = k grad_x and images are the same in all. The
+next level is a matter of the grid: an evaluation inside a step (a solver's second stage) takes that step's c, and the
+last step, to +inf, has c = 1.
 
 NOT calibrated: the length of the step does not know the noise of y nor the spread of x0, so `step` trades consistency
 with y for keeping to the prior, and no value gives the posterior's mean and variance. On N(0, 1), y = x0 + 0.3 n = 1,

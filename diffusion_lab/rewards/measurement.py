@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from diffusion_lab.typing import MEASUREMENT, Cond
@@ -49,5 +50,5 @@ class MeasurementLikelihood:
         known = getattr(self.operator, "known", None)
         residual = y.to(predicted) - predicted
         if known is not None:
-            residual = known(x0) * residual
+            residual = torch.where(known(x0) > 0, residual, 0.0)
         return -residual.flatten(1).square().sum(1) / (2.0 * self.noise**2)

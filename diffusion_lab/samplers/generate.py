@@ -10,6 +10,7 @@ itself, by attributes of its class:
     around(sampler)            it is asked for the sampler to use, because it has to touch the samples themselves
     takes_modifiers = False    its sampler puts the guided answer together, out of a modifier's reach
     adaptive = True            how often it calls the denoiser depends on the answers
+    remembers = "momentum"     with this argument it remembers the evaluation before
 """
 
 from __future__ import annotations
@@ -79,6 +80,14 @@ class Generation:
                 raise ValueError(
                     f"{type(factory).__name__} touches the samples between steps: it can only be the outermost guidance"
                 )
+        if hasattr(self.guidance, "around"):
+            for factory in list(_built_on(self.guidance))[1:]:
+                word = getattr(getattr(factory, "func", None), "remembers", "")
+                if getattr(factory, "keywords", {}).get(word):
+                    raise ValueError(
+                        f"{type(self.guidance).__name__} moves samples about, which the {word} of the guidance inside "
+                        f"would not follow: set {word}=0"
+                    )
         if self._modifiers and _says(self.guidance, "takes_modifiers", default=True):
             raise ValueError(
                 f"{type(self.guidance).__name__} takes no modifiers: its answer is put together inside the sampler"

@@ -60,7 +60,8 @@ class IDDPM(Stepper):
         x0, c = denoiser.with_variance(x, logsnr) if isinstance(denoiser, BoundDenoiser) else (None, None)
         if x0 is None or c is None:
             raise ValueError(
-                "IDDPM needs a denoiser that has learned a variance (with_variance); take sampler=ddpm"
+                "IDDPM needs a denoiser that has learned a variance (with_variance), which a guidance around it hides; "
+                "take guidance=none, or sampler=ddpm"
             )
         mean, lower, _ = posterior(denoiser.interpolant, x, x0, logsnr, logsnr_next)
         if bool(torch.isposinf(logsnr_next).all()):

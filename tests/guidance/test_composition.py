@@ -7,6 +7,7 @@ import pytest
 import torch
 from problems import ALL_SAMPLERS, D64, INTERPOLANTS, gaussian, mixture_1d
 
+from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.guidance import ClassifierFree
 from diffusion_lab.guidance.composition import Composition
 from diffusion_lab.process import Cosine
@@ -169,3 +170,19 @@ def test_runs_with_samplers_and_splits_of_the_batch(interpolant, sampler):
     parts = [recipe(mixture_1d(interpolant), seeds=part) for part in (range(3), range(3, 8))]
     assert torch.equal(samples, torch.cat(parts))
     assert samples.dtype == torch.float32 and bool(torch.isfinite(samples).all())
+
+
+def test_weights_that_add_up_to_one_but_for_rounding_need_no_unconditional_answer():
+    assert sum((0.6, 0.3, 0.1)) != 1.0
+    problem = GaussianMixtureDenoiser(
+        means=torch.tensor([[-1.0], [0.0], [1.0]], dtype=D64),
+        variances=torch.full((3,), 0.1, dtype=D64),
+        weights=torch.ones(3, dtype=D64),
+        labels=torch.arange(3),
+        interpolant=INTERPOLANTS["vp"],
+    )
+    counting = CountingDenoiser(problem, batch=2)
+    Composition(counting, labels=[0, 1, 2], weights=[0.6, 0.3, 0.1])(
+        torch.zeros(2, 1, dtype=D64), torch.zeros(2, dtype=D64)
+    )
+    assert counting.calls == 3

@@ -217,3 +217,23 @@ def test_covariance_aware_sampling_differentiates_the_model_and_not_its_guided_a
     )
     end = recipe(Watching(), seeds=range(4), cond={"label": torch.tensor([0, 1, 1, 0])})
     assert {what for dual, what in asked if dual} == {"cond"} and bool(torch.isfinite(end).all())
+
+
+def test_the_threshold_of_a_sample_does_not_know_its_batch(monkeypatch):
+    x = 3 * torch.randn(6, 5, 5, generator=torch.Generator().manual_seed(0))
+
+    class Same:
+        interpolant = INTERPOLANTS["vp"]
+
+        def __call__(self, x, logsnr, cond=None):
+            return x
+
+    level, most = torch.zeros(6), []
+    quantile = torch.quantile
+    monkeypatch.setattr(
+        torch, "quantile", lambda row, *rest: most.append(row.numel()) or quantile(row, *rest)
+    )
+    held = DynamicThreshold(Same(), quantile=0.9)
+    assert torch.equal(held(x, level), torch.cat([held(x[:2], level[:2]), held(x[2:], level[2:])]))
+    # torch.quantile takes 2^24 numbers at most: never more than one sample's at once
+    assert max(most) == 25

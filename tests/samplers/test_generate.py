@@ -6,7 +6,13 @@ import pytest
 import torch
 from problems import INTERPOLANTS, mixture_1d
 
-from diffusion_lab.guidance import CADS, ClassifierFree, PredictorCorrectorGuidance, StaticThreshold
+from diffusion_lab.guidance import (
+    CADS,
+    ClassifierFree,
+    PredictorCorrectorGuidance,
+    Projected,
+    StaticThreshold,
+)
 from diffusion_lab.posterior import FeynmanKacCorrector, Particles
 from diffusion_lab.rewards import Brightness
 from diffusion_lab.samplers import DDIM, DDPM, CountingDenoiser, Generation
@@ -37,6 +43,13 @@ def test_no_modifier_stands_below_an_answer_put_together_in_the_sampler(guidance
     with pytest.raises(ValueError, match=f"{type(guidance).__name__} takes no modifiers"):
         recipe(guidance, modifiers={"static_threshold": StaticThreshold})
     recipe(Particles(reward=Brightness()), modifiers=[StaticThreshold])
+
+
+def test_what_is_moved_about_takes_no_memory_along():
+    inner = partial(Projected, scale=2.0, momentum=-0.5)
+    with pytest.raises(ValueError, match="Particles moves samples about.*set momentum=0"):
+        recipe(Particles(reward=Brightness(), inner=inner))
+    recipe(Particles(reward=Brightness(), inner=partial(Projected, scale=2.0)))
 
 
 def test_modifiers_hold_a_guided_answer():
