@@ -22,8 +22,8 @@ and with few of them it does not arrive.
 
 References:
     Mardani et al., "A Variational Perspective on Solving Inverse Problems with Diffusion Models", 2023, algorithm 1,
-    with its lambda_t and settings: Adam with lr 0.1 and decay (0.9, 0.99), weight 0.25; theirs is between means, which is
-    0.25 M / D between the sums here, for M numbers in y and D in x.
+    with its lambda_t and settings: Adam with lr 0.1 and decay (0.9, 0.99), weight 0.25; theirs is between means, which
+    is 0.25 M / D between the sums here, for M numbers in y and D in x.
     Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015.
 """
 

@@ -47,7 +47,7 @@ def test_no_modifier_stands_below_an_answer_put_together_in_the_sampler(guidance
 
 def test_what_is_moved_about_takes_no_memory_along():
     inner = partial(Projected, scale=2.0, momentum=-0.5)
-    with pytest.raises(ValueError, match="Particles moves samples about.*set momentum=0"):
+    with pytest.raises(ValueError, match=r"Particles moves samples about.*set momentum=0"):
         recipe(Particles(reward=Brightness(), inner=inner))
     recipe(Particles(reward=Brightness(), inner=partial(Projected, scale=2.0)))
 
