@@ -52,6 +52,16 @@ class ChurnedHeun(Stepper):
         """Whether steps draw noise."""
         return self.gamma > 0.0
 
+    def _churned(self, logsnr: Tensor) -> Tensor:
+        """Return the level to which noise is added; `logsnr` itself where none is."""
+        noisier = logsnr - 2 * math.log1p(self.gamma)
+        if logsnr.ndim == 0:
+            one = math.exp(min(700.0, -0.5 * float(logsnr)))
+            return noisier if self.noise_min <= one <= self.noise_max else logsnr
+        rho = torch.exp(-0.5 * logsnr)
+        churned = (rho >= self.noise_min) & (rho <= self.noise_max)
+        return torch.where(churned, noisier, logsnr) if bool(churned.any()) else logsnr
+
     def step(
         self,
         denoiser: DenoiserFn,
@@ -64,11 +74,9 @@ class ChurnedHeun(Stepper):
         """See `Stepper.step`."""
         if self.gamma == 0.0:
             return Heun().step(denoiser, x, logsnr, logsnr_next, None, rng)
-        rho = torch.exp(-0.5 * logsnr)
-        churned = (rho >= self.noise_min) & (rho <= self.noise_max)
-        if bool(churned.any()):
+        logsnr_hat = self._churned(logsnr)
+        if logsnr_hat is not logsnr:
             assert rng is not None
-            logsnr_hat = torch.where(churned, logsnr - 2 * math.log1p(self.gamma), logsnr)
             x = add_noise(denoiser.interpolant, x, self.noise_scale * rng.randn_like(x), logsnr, logsnr_hat)
             logsnr = logsnr_hat
         return Heun().step(denoiser, x, logsnr, logsnr_next, None, rng)
