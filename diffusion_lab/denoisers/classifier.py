@@ -48,11 +48,12 @@ class NetworkClassifier(nn.Module):
         self.network, self.interpolant, self.sigma_data = network, interpolant, sigma_data
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        """Return logits `(B, K)`, float32 or better, of noisy data `x` `(B, *D)` at levels `logsnr` `(B,)`."""
+        """Return logits `(B, K)`, of x's dtype but float32 at least, of noisy data `x` `(B, *D)` at levels `(B,)`."""
         logsnr = expand_logsnr(logsnr, x)
         alpha, sigma = self.interpolant(logsnr)
         c_in = torch.rsqrt((alpha * self.sigma_data) ** 2 + sigma**2)
-        return self.network(broadcast_right(c_in, x) * x, logsnr).to(x.dtype)
+        logits: Tensor = self.network(broadcast_right(c_in, x) * x, logsnr)
+        return logits.to(torch.promote_types(x.dtype, torch.float32))
 
     def predict(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Logits:
         """Return the logits as `raw`, for whoever counts what a pass costs; `cond` is ignored."""

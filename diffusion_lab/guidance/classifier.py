@@ -11,7 +11,14 @@ exact classifier,
     scale s on the conditional one          is classifier-free guidance of scale 1 + s.
 
 At alpha = 0 no image is seen, and nothing is added: the limit of sigma^2 / alpha times a gradient that vanishes there
-cannot be evaluated. A classifier costs a forward and a backward pass, which are no evaluations of the denoiser.
+cannot be evaluated. Just above, a network's gradient, which does not quite vanish, is multiplied by a large number:
+sigma^2 / alpha is 150 at logsnr -10 and 2e4 at -20. Nothing here guards against that: set `interval`, or take a grid
+that starts at about -10.
+
+The second algorithm moves x0, the first the mean of an ancestral step by scale times its variance times the gradient;
+for a short step of noise beta that is beta s g there and beta / sqrt(1 - beta) s g here.
+
+A classifier costs a forward and a backward pass, which are no evaluations of the denoiser.
 
 References:
     Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, section 4, algorithms 1 and 2.
@@ -68,7 +75,8 @@ class ClassifierGuidance:
         """Return the guided x0_hat, of the shape of `x`; examples without a label are not guided.
 
         Raises:
-            ValueError: If the classifier does not know a label.
+            ValueError: If (on the CPU) a label is none of the classifier's. On a GPU it is the assertion of an index out
+                of range, which CUDA reports at some later call.
         """
         x0 = self.denoiser(x, logsnr, cond if self.with_label else unconditional(cond))
         if self.scale == 0.0 or cond is None or "label" not in cond:
@@ -88,17 +96,23 @@ class ClassifierGuidance:
         """Return grad_x log p(label | x, logsnr), zero for examples without a label."""
         # a guidance around this one may want to differentiate it again
         again = torch.is_grad_enabled() and x.requires_grad
-        with torch.enable_grad():
-            x_in = x if again else x.detach().requires_grad_(True)
-            logits = self.classifier(x_in, level)
+        with torch.inference_mode(False), torch.enable_grad():
+            x_in = x if again else _ordinary(x).detach().requires_grad_(True)
+            label = _ordinary(label)
+            logits = self.classifier(x_in, _ordinary(level))
             K = logits.shape[1]
             strange = (label >= K) | ((label < 0) & (label != NO_LABEL))
-            # on a GPU the question would make every step wait; `gather` answers there
+            # on a GPU the question would make every step wait; `gather` asserts there
             if label.device.type == "cpu" and bool(strange.any()):
                 wrong = int(label[strange][0])
                 raise ValueError(f"label {wrong} is not one of the classifier's {K} classes (0 .. {K - 1})")
             known = label != NO_LABEL
-            log_p = torch.log_softmax(logits, dim=1).gather(1, label.clamp_min(0)[:, None])[:, 0]
+            log_p = torch.log_softmax(logits, dim=1).gather(1, torch.where(known, label, 0)[:, None])[:, 0]
             total = torch.where(known, log_p, torch.zeros_like(log_p)).sum()
             (g,) = torch.autograd.grad(total, x_in, create_graph=again)
         return g
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    """`x`, or a copy where it was made in inference mode and so cannot enter a gradient."""
+    return x.clone() if x.is_inference() else x

@@ -10,7 +10,7 @@ and little else, so eta < 1 takes it back; the threshold bounds a step of what c
 negative momentum turns it away from where the last steps went. eta = 1 without threshold and momentum is
 classifier-free guidance, to the bit. A sample of one number has no orthogonal part.
 
-d is remembered in the object, since it outlives an evaluation; `Generation` makes a guidance anew for each trajectory.
+m is remembered in the object, since it outlives an evaluation; `Generation` makes a guidance anew for each trajectory.
 It is forgotten where the level is not above the last one, so an object may serve trajectories one after the other, and
 samplers that go back (the corrector of Heun's method, churn, Restart) start it again there. Outside the interval
 nothing is remembered. All samples of a call must be at one level, else a place in the batch need not be the same
@@ -71,34 +71,35 @@ class Projected(ClassifierFree):
             raise ValueError(f"Projected needs momentum in (-1, 1), got {momentum}")
         super().__init__(denoiser, scale, interval, batched)
         self.eta, self.norm_threshold, self.momentum = eta, norm_threshold, momentum
-        self._last: tuple[Tensor, Tensor] | None = None  # level and d of the evaluation before
+        self._last: tuple[Tensor, Tensor] | None = None  # level and m of the evaluation before
 
     def _guided(self, x: Tensor, logsnr: Tensor, cond: Cond | None) -> Tensor:
         if self.eta == 1.0 and self.norm_threshold is None and self.momentum == 0.0:
             return super()._guided(x, logsnr, cond)
         without, given = answers(self.denoiser, x, logsnr, [unconditional(cond), cond], batched=self.batched)
-        d = given - without
+        m = given - without
         if self.momentum != 0.0:
-            d = self._remembered(d, expand_logsnr(logsnr, x))
+            m = self._remembered(m, expand_logsnr(logsnr, x))
+        d = m
         if self.norm_threshold is not None:
             # a difference of zero has the ratio inf, and stays
-            d = d * broadcast_right(torch.clamp(self.norm_threshold / _dot(d, d).sqrt(), max=1.0), d)
+            d = m * broadcast_right(torch.clamp(self.norm_threshold / _dot(m, m).sqrt(), max=1.0), m)
         along = _dot(d, given) / _dot(given, given).clamp_min(torch.finfo(given.dtype).tiny)
         parallel = broadcast_right(along, given) * given
         return given + (self.scale - 1.0) * (d - (1.0 - self.eta) * parallel)
 
-    def _remembered(self, d: Tensor, level: Tensor) -> Tensor:
-        """Return `d` with the momentum of the calls before, and remember it."""
+    def _remembered(self, m: Tensor, level: Tensor) -> Tensor:
+        """Return `m` with the momentum of the calls before, and remember it."""
         if not bool((level == level[:1]).all()):
             raise ValueError(
                 "Projected cannot keep a momentum where samples are at different noise levels; set momentum=0 or "
                 "choose another sampler"
             )
-        if self._last is not None and self._last[1].shape == d.shape:
-            last_level, last_d = self._last
-            d = d + torch.where(broadcast_right(level > last_level, d).bool(), self.momentum * last_d, 0.0)
-        self._last = (level, d.detach())
-        return d
+        if self._last is not None and self._last[1].shape == m.shape:
+            last_level, last_m = self._last
+            m = m + torch.where(broadcast_right(level > last_level, m).bool(), self.momentum * last_m, 0.0)
+        self._last = (level, m.detach())
+        return m
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -69,7 +69,11 @@ class DynamicThreshold:
         self.denoiser, self.quantile, self.limit = denoiser, quantile, limit
 
     def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
-        """Return x0_hat in [-limit, limit], of the shape of `x`."""
+        """Return x0_hat in [-limit, limit], of the shape of `x`.
+
+        Raises:
+            RuntimeError: If one sample has more than 2^24 numbers.
+        """
         x0 = self.denoiser(x, logsnr, cond)
         # a sample at a time, since torch.quantile takes no more than 2^24 numbers, which a batch may exceed
         rows = x0.flatten(1).abs().to(torch.float32).unbind(0)

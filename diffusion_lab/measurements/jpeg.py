@@ -8,9 +8,13 @@ channel uses the luminance table, without JPEG's change of colours and its halve
 derivative; its gradient is taken to be that of the identity (straight-through), under which A looks like no loss at
 all.
 
-Images with a side below 8 have blocks of that side n, whose frequency k is as high as 8 k / n of an 8-block. Their
-orthonormal coefficients are n / 8 as large for the same picture, and so are the table's steps there. JPEG shifts bytes
-by 128, this by 127.5, the middle of [0, 255].
+Images with a side below 8 have blocks of that side n, whose frequency k is as high as 8 k / n of an 8-block. A cosine of
+the orthonormal transform has height sqrt(2 / n), so a coefficient of a picture f is
+
+    c_kl = sum_ij f_ij (2 / n) cos_i cos_j = 2 n mean_ij (f_ij cos_i cos_j),
+
+n / 8 as large for the same picture; and so are the steps there, T n / 8. JPEG shifts bytes by 128, this by 127.5, the
+middle of [0, 255].
 
 References:
     Wallace, "The JPEG Still Picture Compression Standard", 1992; table of annex K of ITU-T T.81; scaling of libjpeg.
