@@ -12,11 +12,11 @@ exact classifier,
 
 At alpha = 0 no image is seen, and nothing is added: the limit of sigma^2 / alpha times a gradient that vanishes there
 cannot be evaluated. Just above, a network's gradient, which does not quite vanish, is multiplied by a large number:
-sigma^2 / alpha is 150 at logsnr -10 and 2e4 at -20. Nothing here guards against that: set `interval`, or take a grid
-that starts at about -10.
+1 / alpha of the variance-preserving process is 150 at logsnr -10 and 2e4 at -20. Nothing here guards against that: set
+`interval`, or take a grid that starts at about -10.
 
-The second algorithm moves x0, the first the mean of an ancestral step by scale times its variance times the gradient;
-for a short step of noise beta that is beta s g there and beta / sqrt(1 - beta) s g here.
+The paper's first algorithm moves the mean of an ancestral step by scale Sigma g, Sigma its variance and g the gradient;
+this moves it by scale beta / sqrt(1 - beta) g, beta = 1 - (alpha / alpha_next)^2. Both tend to scale beta g.
 
 A classifier costs a forward and a backward pass, which are no evaluations of the denoiser.
 
@@ -75,8 +75,8 @@ class ClassifierGuidance:
         """Return the guided x0_hat, of the shape of `x`; examples without a label are not guided.
 
         Raises:
-            ValueError: If (on the CPU) a label is none of the classifier's. On a GPU it is the assertion of an index out
-                of range, which CUDA reports at some later call.
+            ValueError: If (on the CPU) a label is none of the classifier's. On a GPU such a label is an index out of
+                range, for the device's own assertion.
         """
         x0 = self.denoiser(x, logsnr, cond if self.with_label else unconditional(cond))
         if self.scale == 0.0 or cond is None or "label" not in cond:

@@ -8,8 +8,8 @@ channel uses the luminance table, without JPEG's change of colours and its halve
 derivative; its gradient is taken to be that of the identity (straight-through), under which A looks like no loss at
 all.
 
-Images with a side below 8 have blocks of that side n, whose frequency k is as high as 8 k / n of an 8-block. A cosine of
-the orthonormal transform has height sqrt(2 / n), so a coefficient of a picture f is
+Images with a side below 8 have blocks of that side n, whose frequency k is as high as 8 k / n of an 8-block. A cosine
+of the orthonormal transform has height sqrt(2 / n), so a coefficient of a picture f is
 
     c_kl = sum_ij f_ij (2 / n) cos_i cos_j = 2 n mean_ij (f_ij cos_i cos_j),
 

@@ -11,9 +11,9 @@ they vary more. With s = 1, noise 0.3 and y = 1, data N(0, 1/4) give mean 0.65 (
 variance 0.075 (truth 0.978 and 0.088); measure s^2 of the data and say so. Structure within an image (correlated
 pixels) is not seen by r^2. s = 0 trusts x0 entirely: V = noise^2 I, which collapses to y.
 
-At pure noise the edit is 0 / 0 and left out. Just above, sigma^2 / alpha enlarges what is wrong with a network's J, which
-does not quite vanish: 150-fold at logsnr -10, 2e4-fold at -20. Nothing here guards against that: take a grid that starts
-at about -10.
+At pure noise the edit is 0 / 0 and left out. Just above, sigma^2 / alpha enlarges what is wrong with a network's J,
+which does not quite vanish: in the variance-preserving process 150-fold at logsnr -10, 2e4-fold at -20. Nothing here
+guards against that: take a grid that starts at about -10.
 
 The weight of the edit is the derivation's, 1; the paper also has weights that change with the noise level.
 

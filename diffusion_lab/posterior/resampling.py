@@ -156,7 +156,8 @@ class ParticleSampler:
         `on_step` sees the particle of the largest weight of each sample, and at the end the one that was drawn.
 
         Raises:
-            ValueError: If the grid is malformed, `rng` is missing, or a weight is not finite.
+            ValueError: If the grid is malformed, `rng` is missing, a guidance remembers its last evaluation, or a
+                weight is not finite.
         """
         if rng is None:
             raise ValueError("particles draw noise: give them rng=SampleRNG(seeds)")
@@ -168,6 +169,7 @@ class ParticleSampler:
         levels = check_grid(grid).unbind(0)
         cond = _spread(cond, K, streams)
         followed, weigher = self.begin(denoiser, cond)
+        _refuse_memory(followed)
         ahead, state = Ahead(followed, cond), None
         x = self._start(ahead, x, levels[0], streams)
         weigher.start(ahead, x, levels[0])
@@ -238,6 +240,21 @@ def check_particles(
             f"{type(sampler).__name__} is none as it is set: take ddpm"
         )
     return sampler
+
+
+def _refuse_memory(denoiser: DenoiserFn) -> None:
+    """Raise a ValueError if a guidance remembers its last evaluation, whose rows would not follow the particles."""
+    # a wrapper holds what it wraps under a name of its own; a list that grows while it is read
+    parts = [denoiser]
+    for part in parts:
+        word = getattr(part, "remembers", "")
+        if word and getattr(part, word):
+            raise ValueError(
+                f"particles are moved about, which the {word} of {type(part).__name__} would not follow: set {word}=0"
+            )
+        for inner in vars(part).values() if hasattr(part, "__dict__") else ():
+            if isinstance(inner, DenoiserFn) and not any(inner is known for known in parts):
+                parts.append(inner)
 
 
 def _spread(cond: Cond | None, K: int, streams: SampleRNG) -> Cond | None:

@@ -122,6 +122,19 @@ def test_noise_belongs_to_seed_and_level():
     assert not torch.allclose(base, embedding([5, 6, 5], -6.1))
 
 
+def test_noise_is_the_same_in_every_precision():
+    # -6.1 is another number in float32
+    heard = []
+    for dtype in (torch.float32, D64):
+        told = Told()
+        levels = torch.full((3,), -6.1, dtype=dtype)
+        cond = {"text": TABLE.to(dtype), SEED: torch.arange(3)}
+        CADS(told)(torch.zeros(3, 1, dtype=dtype), levels, cond)
+        heard.append(told.heard[-1]["text"])
+    assert heard[0].dtype == torch.float32 and heard[1].dtype == D64
+    torch.testing.assert_close(heard[0].double(), heard[1], rtol=0, atol=1e-5)
+
+
 def test_levels_that_differ_within_the_batch():
     cond = hear(CADS, [0, 1, 1], torch.tensor([-9.0, 0.0, -6.0], dtype=D64))
     assert torch.equal(cond["label_embedding"][1], TABLE[1])

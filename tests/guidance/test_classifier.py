@@ -9,6 +9,7 @@ from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.guidance import ClassifierFree
 from diffusion_lab.guidance.classifier import ClassifierGuidance
 from diffusion_lab.process import RectifiedFlow, VarianceExploding, VariancePreserving
+from diffusion_lab.process.gaussian import posterior
 
 D64 = torch.float64
 MEANS = torch.tensor([[-1.0, 0.3], [0.8, 0.0], [0.2, -0.9]], dtype=D64)
@@ -134,3 +135,41 @@ def test_a_label_that_the_classifier_does_not_know_is_named():
         ClassifierGuidance(mixture, bayes, scale=2.0, interval=(1, 0))
     with pytest.raises(ValueError, match="needs a classifier"):
         ClassifierGuidance(mixture, {"run": None}, scale=2.0)
+
+
+def test_it_runs_in_inference_mode_too():
+    mixture, bayes, x, logsnr, cond = problem("vp")
+    guided = ClassifierGuidance(mixture, bayes, scale=2.0)
+    outside = guided(x, logsnr, cond)
+    with torch.inference_mode():
+        inside = guided(x.clone(), logsnr.clone(), {"label": cond["label"].clone()})
+    assert torch.equal(inside, outside) and not inside.requires_grad
+
+
+def test_negative_labels_other_than_none_are_no_classes():
+    mixture, bayes, x, logsnr, _ = problem("vp")
+    guided = ClassifierGuidance(mixture, bayes, scale=2.0, with_label=False)
+    with pytest.raises(ValueError, match="label -2 is not one of the classifier's 2 classes"):
+        guided(x, logsnr, {"label": torch.tensor([0, -1, -2, 1, 0, 0, 0, 0])})
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.03, 0.003])
+def test_an_ancestral_step_tends_to_the_papers_first_algorithm(beta):
+    mixture, bayes, x, _, cond = problem("vp")
+    level = torch.tensor(-1.0, dtype=D64)
+    # alpha^2 = alpha_next^2 (1 - beta)
+    later = torch.logit(torch.sigmoid(level) / (1 - beta))
+    scale = 2.0
+    guided = ClassifierGuidance(mixture, bayes, scale=scale)
+    levels = level.expand(8)
+    mean, _, _ = posterior(mixture.interpolant, x, guided(x, levels, cond), level, later)
+    plain, lower, upper = posterior(mixture.interpolant, x, mixture(x, levels, cond), level, later)
+    y = x.clone().requires_grad_()
+    log_p = torch.log_softmax(bayes(y, levels), 1).gather(1, cond["label"][:, None]).sum()
+    (g,) = torch.autograd.grad(log_p, y)
+    torch.testing.assert_close(mean - plain, scale * beta / math.sqrt(1 - beta) * g, rtol=1e-9, atol=1e-12)
+    # the paper's, with either variance: not the same, and the less so the longer the step
+    assert float(upper) == pytest.approx(beta, rel=1e-9)
+    for variance in (lower, upper):
+        ratio = float(beta / math.sqrt(1 - beta) / variance)
+        assert 1 + beta / 2.1 < ratio < 1 + 2.5 * beta

@@ -27,9 +27,8 @@ SMALL = {
     "in_channels": 1, "size": 8, "num_classes": 10, "channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [4],
     "head_channels": 8,
 }  # fmt: skip
-# one of every kind: an ODE solver, one that asks twice a step, one that draws noise, one that differentiates, one that
-# takes all levels at once, one that corrects
-SHORT = ("ddim", "heun", "ddpm", "covariance", "paradigms", "predictor_corrector")
+# an ODE solver, one that draws noise, one that differentiates; the others are slow all together
+SHORT = ("ddim", "ddpm", "covariance")
 
 
 def randomised(module, seed):

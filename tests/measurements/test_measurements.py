@@ -254,6 +254,20 @@ def test_jpeg_of_images_smaller_than_a_block():
     torch.testing.assert_close(JPEGLike(quality=100.0)(x0), x0, rtol=0, atol=0.5 / 4 / 127.5)
 
 
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("quality", [10.0, 50.0, 90.0])
+def test_jpeg_of_a_small_image_is_that_of_its_mirror_images_in_a_whole_block(n, quality):
+    # mirrored, an image of side n has the frequencies 8 k / n of a block of 8 and no others
+    x0 = 0.5 * normal(5, 1, n, n)
+    whole = x0
+    while whole.shape[-1] < 8:
+        whole = torch.cat([whole, whole.flip(-1)], -1)
+        whole = torch.cat([whole, whole.flip(-2)], -2)
+    A = JPEGLike(quality=quality)
+    assert whole.shape == (5, 1, 8, 8) and not torch.allclose(A(x0), x0, atol=1e-3)
+    torch.testing.assert_close(A(x0), A(whole)[..., :n, :n], rtol=0, atol=1e-12)
+
+
 def test_phase_retrieval_keeps_energy_and_forgets_the_phase():
     x0, A = normal(2, 1, 8, 8), PhaseRetrieval()
     y = A(x0)

@@ -11,6 +11,7 @@ from diffusion_lab.losses.classification import ClassificationLoss
 from diffusion_lab.networks.classifier import NoisyClassifier
 from diffusion_lab.process import Cosine, RectifiedFlow, VarianceExploding, VariancePreserving
 from diffusion_lab.rng import StepRNG
+from diffusion_lab.typing import NO_LABEL
 
 
 def network(**more):
@@ -120,3 +121,24 @@ def test_the_loss_is_the_mean_negative_log_posterior_and_bayes_minimises_it():
     for nothing in (None, {"text": x0}):
         with pytest.raises(ValueError, match="learns from labels"):
             loss(best, x0, nothing, rng(20_000))
+
+
+def test_an_example_without_a_label_is_one_clear_error():
+    schedule = Cosine(logsnr_min=-10, logsnr_max=10)
+    loss = ClassificationLoss(schedule=schedule)
+    judged = NetworkClassifier(network=stirred(), interpolant=VariancePreserving())
+    with pytest.raises(ValueError, match="some examples have none"):
+        loss(judged, torch.zeros(3, 1, 8, 8), {"label": torch.tensor([0, NO_LABEL, 2])}, rng(3))
+    with pytest.raises(ValueError, match="this data set has none"):
+        loss(judged, torch.zeros(3, 1, 8, 8), None, rng(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_logits_are_float32_at_least(dtype):
+    class Network(torch.nn.Module):
+        def forward(self, x, logsnr):
+            return x.flatten(1)[:, :2]
+
+    judged = NetworkClassifier(network=Network(), interpolant=VariancePreserving())
+    logits = judged(torch.ones(3, 1, 2, 2, dtype=dtype), torch.zeros(3))
+    assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

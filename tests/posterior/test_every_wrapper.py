@@ -243,6 +243,27 @@ def test_two_threads_at_once():
     assert all(torch.equal(end, alone) for end in ends)
 
 
+MASKED = {
+    "replacement": partial(Replacement, operator=MASK),
+    "reconstruction": partial(ReconstructionGuidance, operator=MASK),
+    "reconstruction_replace": partial(ReconstructionGuidance, operator=MASK, replace=True),
+    "dps": partial(DPS, operator=MASK, step=0.05, grid=GRID),
+    "pigdm": partial(PiGDM, operator=MASK, noise=0.1),
+    "mcg": partial(MCG, operator=MASK, step=0.05, grid=GRID),
+    "tweedie": partial(ExactTweedie, operator=MASK, noise=0.1, iterations=3),
+}
+
+
+@pytest.mark.parametrize("factory", MASKED.values(), ids=MASKED.keys())
+@pytest.mark.parametrize("missing", [math.nan, math.inf, 7.0])
+def test_what_stands_for_a_missing_pixel_does_not_matter(factory, missing):
+    wrapped, cond, x = factory(mixture_images(INTERPOLANTS["vp"])), told(MASK, 2), normal(2, *SHAPE, seed=2)
+    y = torch.where(MASK.known(x) > 0, cond[MEASUREMENT], missing)
+    assert not torch.equal(y, cond[MEASUREMENT])
+    level = GRID[2].expand(2)
+    assert torch.equal(wrapped(x, level, {**cond, MEASUREMENT: y}), wrapped(x, level, cond))
+
+
 # ---- the solver -----------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Particles: the tilted law in closed form, its bias at few particles, the same sample in any batch, true costs."""
 
 import math
+from functools import partial
 
 import laws
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from problems import ALL_SAMPLERS, D64, INTERPOLANTS, STOCHASTIC, gaussian, mixture_1d
 
-from diffusion_lab.guidance import ClassifierFree
+from diffusion_lab.guidance import CADS, ClassifierFree, Projected
 from diffusion_lab.posterior.particles import Particles, RewardWeights
 from diffusion_lab.posterior.resampling import Ahead, _taken, effective_size, systematic
 from diffusion_lab.process import Cosine
@@ -288,3 +289,36 @@ def test_mistakes_are_one_clear_line():
         draw(Particles(reward=Given(lambda x0: x0[:, 0] / 0), particles=2), 2)
     with pytest.raises(ValueError, match="rng=SampleRNG"):
         Particles(reward=Brightness()).around(EXACT)(gaussian(VP, 1.0), torch.zeros(1, 1), GRID)
+
+
+MEMORY = partial(Projected, scale=3.0, momentum=-0.5)
+
+
+def out_of_sight(denoiser, momentum):
+    return Projected(denoiser, scale=3.0, momentum=momentum)
+
+
+@pytest.mark.parametrize(
+    ("inner", "modifiers"),
+    [
+        (lambda d: MEMORY(d), []),
+        (lambda d: CADS(d, inner=MEMORY), []),
+        (lambda d: d, [MEMORY]),
+        (lambda d: CountingDenoiser(MEMORY(d)), []),
+    ],
+    ids=["inner", "inner of inner", "modifier", "counted"],
+)
+def test_a_guidance_with_a_memory_is_refused_wherever_it_stands(inner, modifiers):
+    """`Generation` refuses what it can read in the settings; these it cannot."""
+    guidance = Particles(reward=Given(lambda x: x.mean(1)), inner=inner)
+    recipe = Generation(sampler=EXACT, grid=GRID, guidance=guidance, shape=(1,), modifiers=modifiers)
+    with pytest.raises(ValueError, match="the momentum of Projected would not follow: set momentum=0"):
+        recipe(mixture_1d(VP), seeds=[0, 1], cond={"label": torch.tensor([0, 1])})
+    # one particle stays where it is, and without a momentum there is nothing to forget
+    for particles, momentum in ((1, -0.5), (2, 0.0)):
+        forgetful = Particles(
+            reward=Given(lambda x: x.mean(1)),
+            particles=particles,
+            inner=partial(out_of_sight, momentum=momentum),
+        )
+        Generation(sampler=EXACT, grid=GRID, guidance=forgetful, shape=(1,))(mixture_1d(VP), seeds=[0])

@@ -53,6 +53,18 @@ def test_what_a_mask_hides_does_not_count():
     torch.testing.assert_close(reward(X, {MEASUREMENT: y}), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
+def test_what_stands_for_a_missing_pixel_does_not_matter(missing):
+    operator = Inpaint(mask="half", side="right")
+    reward = MeasurementLikelihood(operator=operator, noise=0.5)
+    y = torch.where(operator.known(X) > 0, 7.0, missing).to(D64).expand_as(X)
+    x0 = X.clone().requires_grad_()
+    r = reward(x0, {MEASUREMENT: y})
+    assert torch.equal(r, reward(X, {MEASUREMENT: torch.full_like(X, 7.0)}))
+    (g,) = torch.autograd.grad(r.sum(), x0)
+    assert bool(g.isfinite().all())
+
+
 def test_mistakes_are_one_clear_line():
     reward = MeasurementLikelihood(operator=Linear(torch.ones(1, 2)), noise=0.3)
     with pytest.raises(ValueError, match="measurement"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from problems import D64, INTERPOLANTS, PURE_COSINE, gaussian, mixture_1d
 
+from diffusion_lab.guidance import ClassifierFree
 from diffusion_lab.process import VariancePreserving
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers import DDPM
@@ -86,6 +87,12 @@ def test_gaussian_data_are_exact_at_every_level_of_a_coarse_grid():
 def test_a_denoiser_without_a_variance_is_refused():
     with pytest.raises(ValueError, match="learned a variance"):
         laws.run(IDDPM(), INTERPOLANTS["vp"])
+
+
+def test_a_guidance_hides_the_variance_and_the_error_says_so():
+    guided = ClassifierFree(Constant(INTERPOLANTS["vp"], 0.4), scale=2.0)
+    with pytest.raises(ValueError, match="a guidance around it hides; take guidance=none, or sampler=ddpm"):
+        IDDPM()(guided, torch.zeros(2, 1, dtype=D64), laws.GRID, rng=SampleRNG(range(2)))
 
 
 def test_laws():
