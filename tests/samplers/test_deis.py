@@ -4,7 +4,6 @@ import math
 
 import laws
 import numpy as np
-import peers
 import pytest
 import torch
 from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d
@@ -171,13 +170,9 @@ def test_diffusers(order):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_k_diffusion(order):
+def test_k_diffusion(order, sampling):
     # rhoab is k-diffusion's linear multistep method: sigma is rho with alpha = 1, and the slope there is eps. To sigma
     # = 0 it still extrapolates, where the contract here is the denoiser's output, so the last step is left out.
-    try:
-        sampling = peers.k_diffusion_sampling()
-    except ModuleNotFoundError:
-        pytest.skip("k-diffusion is not installed")
     ve, sigmas, xs = INTERPOLANTS["ve"], torch.exp(-GRID / 2), []
     start, ours = trajectory(DEIS(order=order, variant="rhoab"), ve)
     problem = mixture(ve)

@@ -4,7 +4,6 @@ import math
 from functools import cache
 
 import laws
-import peers
 import pytest
 import torch
 from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d, observed_order
@@ -203,11 +202,7 @@ def test_diffusers_with_one_setting_is_another_third_order_method():
 
 
 @pytest.mark.parametrize("order", [2, 3])
-def test_k_diffusion(order):
-    try:
-        sampling = peers.k_diffusion_sampling()
-    except ModuleNotFoundError:
-        pytest.skip("k-diffusion is not installed")
+def test_k_diffusion(order, sampling):
     ve = INTERPOLANTS["ve"]
     problem, x = mixture(ve), torch.exp(-GRID[0] / 2) * start()
     solver = sampling.DPMSolver(lambda x, sigma: problem(x, -2 * torch.log(sigma)))

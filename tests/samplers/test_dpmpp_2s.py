@@ -3,7 +3,6 @@
 import math
 
 import laws
-import peers
 import pytest
 import torch
 from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d
@@ -111,11 +110,7 @@ def test_diffusers(r):
     assert_agree(ours, [*theirs[1::2], theirs[-1]], 1e-9)
 
 
-def test_k_diffusion():
-    try:
-        sampling = peers.k_diffusion_sampling()
-    except ModuleNotFoundError:
-        pytest.skip("k-diffusion is not installed")
+def test_k_diffusion(sampling):
     problem, sigmas, xs = mixture(INTERPOLANTS["ve"]), torch.exp(-GRID / 2), []
     end = sampling.sample_dpmpp_2s_ancestral(
         lambda x, sigma: problem(x, -2 * torch.log(sigma)),

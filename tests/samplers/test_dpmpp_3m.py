@@ -4,7 +4,6 @@ import math
 from functools import cache
 
 import laws
-import peers
 import pytest
 import torch
 from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d, solve
@@ -239,11 +238,7 @@ def test_diffusers_does_not_integrate_a_quadratic():
     assert missing == pytest.approx(float(alpha_next) * square / 2, abs=1e-6) and missing > 1e-3
 
 
-def test_k_diffusion_with_half_the_curvature():
-    try:
-        sampling = peers.k_diffusion_sampling()
-    except ModuleNotFoundError:
-        pytest.skip("k-diffusion is not installed")
+def test_k_diffusion_with_half_the_curvature(sampling):
     ve, grid = INTERPOLANTS["ve"], karras(0.05, 20.0, 7.0, 12)
     sigmas, problem, xs = torch.exp(-grid / 2), mixture(ve), []
     end = sampling.sample_dpmpp_3m_sde(

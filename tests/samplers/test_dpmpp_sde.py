@@ -3,7 +3,6 @@
 import math
 
 import laws
-import peers
 import pytest
 import torch
 from problems import D64, INTERPOLANTS, gaussian
@@ -168,15 +167,6 @@ def draws():
     """Start and noises."""
     draw = torch.Generator().manual_seed(1)
     return torch.randn(len(GRID), 6, 4, generator=draw, dtype=D64)
-
-
-@pytest.fixture
-def sampling():
-    """k-diffusion's samplers."""
-    try:
-        return peers.k_diffusion_sampling()
-    except ModuleNotFoundError:
-        pytest.skip("k-diffusion is not installed")
 
 
 @pytest.mark.parametrize("solver_type", ["midpoint", "heun"])

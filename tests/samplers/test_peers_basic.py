@@ -5,7 +5,6 @@ discrete training schedule; they are replaced by ours by hand. Several compute i
 the tolerance is 1e-5 of the samples' scale; k-diffusion computes in float64 and agrees to 1e-12.
 """
 
-import peers
 import pytest
 import torch
 from problems import D64, INTERPOLANTS
@@ -58,15 +57,6 @@ def assert_agree(ours, theirs, tolerance):
 @pytest.fixture
 def diffusers():
     return pytest.importorskip("diffusers")
-
-
-@pytest.fixture
-def sampling():
-    """k-diffusion's samplers."""
-    try:
-        return peers.k_diffusion_sampling()
-    except ModuleNotFoundError:
-        pytest.skip("k-diffusion is not installed")
 
 
 @pytest.fixture(params=[12, 20])
