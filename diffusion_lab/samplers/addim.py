@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lab.process.broadcast import broadcast_right, expand_logsnr
+from diffusion_lab.process.broadcast import broadcast_right, expand_logsnr, is_infinite
 from diffusion_lab.process.gaussian import ddim_step, marginal
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import State, Stepper
@@ -82,7 +82,7 @@ class ADDIM(Stepper):
     ) -> tuple[Tensor, State]:
         """See `Stepper.step`."""
         x0, x_var = denoiser(x, logsnr), self.x_var(logsnr)
-        last = bool(torch.isposinf(logsnr_next).all())
+        last = is_infinite(logsnr_next, 1)
         if bool((x_var == 0).all()) or (last and not self.adjust_last):
             return ddim_step(denoiser.interpolant, x, x0, logsnr, logsnr_next), None
         (alpha, sigma), (alpha_next, sigma_next) = (

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.forward_mode import jvp
-from diffusion_lab.process.broadcast import broadcast_right
+from diffusion_lab.process.broadcast import broadcast_right, is_infinite
 from diffusion_lab.process.gaussian import ddim_step
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import BoundDenoiser, State, Stepper
@@ -132,8 +132,8 @@ class CovarianceAware(Stepper):
         rng: SampleRNG | None,
     ) -> tuple[Tensor, State]:
         """See `Stepper.step`."""
-        prior, pure = self._prior(x), bool(torch.isneginf(logsnr).all())
-        last = bool(torch.isposinf(logsnr_next).all())
+        prior, pure = self._prior(x), is_infinite(logsnr, -1)
+        last = is_infinite(logsnr_next, 1)
         if not self.stochastic or (last and not self.final_noise) or (pure and prior is None):
             return ddim_step(denoiser.interpolant, x, denoiser(x, logsnr), logsnr, logsnr_next), None
         assert rng is not None

@@ -29,10 +29,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from diffusion_lab.process.broadcast import broadcast_right
+from diffusion_lab.process.broadcast import broadcast_right, is_infinite
 from diffusion_lab.process.gaussian import ddim_step, eps_from_x0
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import State, Stepper
@@ -70,7 +69,7 @@ class GradientEstimation(Stepper):
         x0 = denoiser(x, logsnr)
         eps = eps_from_x0(interpolant, x, x0, logsnr)
         x_ddim = ddim_step(interpolant, x, x0, logsnr, logsnr_next)
-        if state is None or bool(torch.isposinf(logsnr_next).all()):
+        if state is None or is_infinite(logsnr_next, 1):
             return x_ddim, eps
         (alpha, sigma), (alpha_next, sigma_next) = interpolant(logsnr), interpolant(logsnr_next)
         weight = (self.gamma - 1.0) * (sigma_next - alpha_next * sigma / alpha)

@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from diffusion_lab.process.broadcast import broadcast_right
+from diffusion_lab.process.broadcast import broadcast_right, is_infinite
 from diffusion_lab.process.gaussian import posterior
 from diffusion_lab.process.interpolants import Interpolant, VariancePreserving
 from diffusion_lab.rng import SampleRNG
@@ -64,7 +64,7 @@ class IDDPM(Stepper):
                 "take guidance=none, or sampler=ddpm"
             )
         mean, lower, _ = posterior(denoiser.interpolant, x, x0, logsnr, logsnr_next)
-        if bool(torch.isposinf(logsnr_next).all()):
+        if is_infinite(logsnr_next, 1):
             return mean, None
         vp = VariancePreserving()
         # ln var_upper / var_lower = 2 ln (sigma / sigma_next) of the variance-preserving process

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_lab.process.broadcast import broadcast_right
+from diffusion_lab.process.broadcast import broadcast_right, is_infinite
 from diffusion_lab.process.gaussian import coefficients, eps_from_x0, posterior
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import State, Stepper
@@ -109,10 +109,10 @@ class PredictorCorrector(Stepper):
     ) -> Tensor:
         """Return `x` at `logsnr_next`; at +inf the denoiser's output."""
         x0 = denoiser(x, logsnr)
-        if bool(torch.isposinf(logsnr_next).all()):
+        if is_infinite(logsnr_next, 1):
             return x0
         mean, lower, _ = posterior(denoiser.interpolant, x, x0, logsnr, logsnr_next)
-        if self.ancestral or bool(torch.isneginf(logsnr).all()):
+        if self.ancestral or is_infinite(logsnr, -1):
             return mean + torch.sqrt(lower) * rng.randn_like(x)
         (alpha, sigma), (alpha_next, _) = denoiser.interpolant(logsnr), denoiser.interpolant(logsnr_next)
         n = alpha_next * (sigma / alpha) * torch.sqrt(-torch.expm1(logsnr - logsnr_next))
