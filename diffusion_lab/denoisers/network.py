@@ -101,7 +101,7 @@ class NetworkDenoiser(nn.Module):
         Raises:
             ValueError: If a label is out of range.
         """
-        table = getattr(self.network, "label_embedding", None)
+        table = getattr(getattr(self.network, "conditioning", None), "label_embedding", None)
         if table is None or "label" not in cond:
             return cond
         rest = {name: value for name, value in cond.items() if name != "label"}

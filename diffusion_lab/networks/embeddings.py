@@ -19,26 +19,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffusion_lab.typing import FOR_WRAPPERS, NO_LABEL, Cond
+from diffusion_lab.typing import NO_LABEL, Cond
 
 LOGSNR_LIMIT = 30.0
-READ = ("label", "label_embedding")
-"""What the networks of this package read of a `Cond`."""
-
-
-def check_conditions(cond: Cond | None, reader: str) -> None:
-    """Refuse a condition that nobody would read: a sample would look conditioned and not be.
-
-    Args:
-        cond: What the network is told; what is meant for wrappers passes.
-        reader: The network's name.
-
-    Raises:
-        ValueError: If a key is neither read nor meant for wrappers.
-    """
-    for name in cond or {}:
-        if name not in READ and name not in FOR_WRAPPERS:
-            raise ValueError(f"{reader} knows no condition {name!r}; there are: {', '.join(READ)}")
 
 
 class LogSNREmbedding(nn.Module):

@@ -8,10 +8,12 @@ zero at initialisation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion_lab.networks.embeddings import LabelEmbedding, LogSNREmbedding, check_conditions
+from diffusion_lab.networks.conditioning import Conditioning
 from diffusion_lab.networks.layers import zero_init
 from diffusion_lab.typing import Cond
 
@@ -39,29 +41,30 @@ class MLP(nn.Module):
         dim: Dimension of the data.
         width: Width of the layers; even.
         depth: Number of residual blocks.
-        num_classes: Number of classes; 0 for an unconditional network, which ignores `cond`.
+        num_classes: Number of classes; 0 for a network without, which ignores labels.
+        scalars: Names of continuous scalars among the conditions.
     """
 
-    def __init__(self, *, dim: int, width: int, depth: int, num_classes: int = 0) -> None:
+    def __init__(
+        self, *, dim: int, width: int, depth: int, num_classes: int = 0, scalars: Sequence[str] = ()
+    ) -> None:
         super().__init__()
-        self.level_embedding = LogSNREmbedding(features=width, width=width)
-        self.label_embedding = LabelEmbedding(num_classes=num_classes, width=width) if num_classes else None
+        self.conditioning = Conditioning(
+            features=width, width=width, num_classes=num_classes, scalars=scalars
+        )
         self.linear_in = nn.Linear(dim, width)
         self.blocks = nn.ModuleList([PerceptronBlock(width=width) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.linear_out = zero_init(nn.Linear(width, dim))
 
     def forward(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
-        """Return the raw output `(B, dim)` for `x` `(B, dim)`, `logsnr` `(B,)` and an optional label `(B,)`.
+        """Return the raw output `(B, dim)` for `x` `(B, dim)`, `logsnr` `(B,)` and conditions of one number an example.
 
         Raises:
             ValueError: If a label is out of range, or `cond` has a key that is unknown.
         """
-        check_conditions(cond, type(self).__name__)
-        embedding = self.level_embedding(logsnr)
-        if self.label_embedding is not None:
-            embedding = embedding + self.label_embedding(cond, x.shape[0])
-        embedding = F.silu(embedding)
+        self.conditioning.check(cond, type(self).__name__)
+        embedding = self.conditioning(logsnr, cond, x.shape[0])
         h = self.linear_in(x)
         for block in self.blocks:
             h = block(h, embedding)

@@ -19,23 +19,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion_lab.networks.embeddings import LabelEmbedding, LogSNREmbedding, check_conditions
-from diffusion_lab.networks.layers import AttentionBlock, Resample, ResidualBlock, group_norm, zero_init
+from diffusion_lab.networks.conditioning import Conditioning
+from diffusion_lab.networks.layers import (
+    AttentionBlock,
+    CrossAttentionBlock,
+    Resample,
+    ResidualBlock,
+    Tokens,
+    group_norm,
+    run,
+    zero_init,
+)
 from diffusion_lab.typing import Cond
 
 
 class Stage(nn.Module):
-    """A residual block and, where asked for, attention after it."""
+    """A residual block and, where asked for, attention after it: to the other pixels, then to tokens."""
 
-    def __init__(self, block: ResidualBlock, attention: AttentionBlock | None) -> None:
+    def __init__(
+        self, block: ResidualBlock, attention: AttentionBlock | None, cross: CrossAttentionBlock | None = None
+    ) -> None:
         super().__init__()
         self.block = block
         self.attention = attention
+        self.cross = cross
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tokens | None = None) -> Tensor:
         """Map `(B, C, H, W)` to `(B, C', H', W')`."""
         x = self.block(x, embedding)
-        return x if self.attention is None else self.attention(x)
+        if self.attention is not None:
+            x = self.attention(x)
+        if self.cross is not None and tokens is not None:
+            x = self.cross(x, tokens)
+        return x
 
 
 class UNet(nn.Module):
@@ -50,8 +66,13 @@ class UNet(nn.Module):
         attention: Sides of the feature maps that have attention after each block, e.g. (16, 8).
         head_channels: Channels of one attention head.
         dropout: Dropout probability in every residual block.
-        num_classes: Number of classes; 0 for an unconditional network, which ignores `cond`.
+        num_classes: Number of classes; 0 for a network without, which ignores labels.
         middle_attention: Whether the middle has attention, whatever its side.
+        out_channels: Channels of the output; None for those of the images. Twice as many for a learned variance.
+        scalars: Names of continuous scalars among the conditions.
+        token_width: Width of text tokens, which are attended to wherever pixels are; 0 for none.
+        image_channels: Channels of a conditioning image, concatenated to the input; 0 for none.
+        checkpointing: Whether to save memory in training by computing activations twice, a block at a time.
 
     Raises:
         ValueError: If `size` cannot be halved often enough, or an attention side is not that of any level.
@@ -70,6 +91,11 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         num_classes: int = 0,
         middle_attention: bool = True,
+        out_channels: int | None = None,
+        scalars: Sequence[str] = (),
+        token_width: int = 0,
+        image_channels: int = 0,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         sides = [size >> level for level in range(len(multipliers))]
@@ -83,19 +109,31 @@ class UNet(nn.Module):
                 "choose another model="
             )
         width = 4 * channels
-        self.level_embedding = LogSNREmbedding(features=channels, width=width)
-        self.label_embedding = LabelEmbedding(num_classes=num_classes, width=width) if num_classes else None
+        self.checkpointing = checkpointing
+        self.conditioning = Conditioning(
+            features=channels,
+            width=width,
+            num_classes=num_classes,
+            scalars=scalars,
+            token_width=token_width,
+            image_channels=image_channels,
+        )
+
+        def attentions(channels: int) -> tuple[AttentionBlock, CrossAttentionBlock | None]:
+            return AttentionBlock(channels=channels, head_channels=head_channels), (
+                CrossAttentionBlock(channels=channels, head_channels=head_channels, token_width=token_width)
+                if token_width
+                else None
+            )
 
         def stage(inputs: int, outputs: int, side: int, change: Resample = "none") -> Stage:
             block = ResidualBlock(
                 in_channels=inputs, out_channels=outputs, embedding=width, dropout=dropout, change=change
             )
             attends = side in attention and change == "none"
-            return Stage(
-                block, AttentionBlock(channels=outputs, head_channels=head_channels) if attends else None
-            )
+            return Stage(block, *(attentions(outputs) if attends else (None, None)))
 
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels + image_channels, channels, 3, padding=1)
         self.down, skips, now = nn.ModuleList(), [channels], channels
         for level, (side, multiplier) in enumerate(zip(sides, multipliers, strict=True)):
             for _ in range(blocks):
@@ -105,10 +143,10 @@ class UNet(nn.Module):
             if level < len(sides) - 1:
                 self.down.append(stage(now, now, side // 2, "down"))
                 skips.append(now)
-        middle = AttentionBlock(channels=now, head_channels=head_channels) if middle_attention else None
+        middle = attentions(now) if middle_attention else (None, None)
         first = ResidualBlock(in_channels=now, out_channels=now, embedding=width, dropout=dropout)
         second = ResidualBlock(in_channels=now, out_channels=now, embedding=width, dropout=dropout)
-        self.middle = nn.ModuleList([Stage(first, middle), Stage(second, None)])
+        self.middle = nn.ModuleList([Stage(first, *middle), Stage(second, None)])
         self.up = nn.ModuleList()
         for level, (side, multiplier) in reversed(list(enumerate(zip(sides, multipliers, strict=True)))):
             for _ in range(blocks + 1):
@@ -117,7 +155,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(stage(now, now, side * 2, "up"))
         self.norm_out = group_norm(now)
-        self.conv_out = zero_init(nn.Conv2d(now, in_channels, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(now, out_channels or in_channels, 3, padding=1))
         # convolutions run faster with the channels innermost, on CPUs and on tensor cores alike
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -126,27 +164,26 @@ class UNet(nn.Module):
 
         Args:
             x: Scaled noisy images `(B, C, H, W)`.
-            logsnr: Noise level `(B,)`.
-            cond: `{"label": (B,)}`, labels 0 .. num_classes - 1 or `NO_LABEL`; None for no label.
+            logsnr: Noise level `(B,)`, or `(B, 1, H, W)` for one per pixel.
+            cond: See `Conditioning`; labels 0 .. num_classes - 1 or `NO_LABEL`; None for nothing.
 
         Raises:
-            ValueError: If a label is out of range, or `cond` has a key that is unknown.
+            ValueError: If a condition is out of range, of a wrong shape, or unknown.
         """
-        check_conditions(cond, type(self).__name__)
-        embedding = self.level_embedding(logsnr)
-        if self.label_embedding is not None:
-            embedding = embedding + self.label_embedding(cond, x.shape[0])
-        embedding = F.silu(embedding)
+        self.conditioning.check(cond, type(self).__name__)
+        embedding = self.conditioning(logsnr, cond, x.shape[0])
+        tokens = self.conditioning.tokens(cond, x.shape[0])
+        x = self.conditioning.with_image(x, cond)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for stage in self.down:
-            x = stage(x, embedding)
+            x = run(stage, x, embedding, tokens, checkpointing=self.checkpointing)
             skips.append(x)
         for stage in self.middle:
-            x = stage(x, embedding)
+            x = run(stage, x, embedding, tokens, checkpointing=self.checkpointing)
         for stage in self.up:
             assert isinstance(stage, Stage)
             if stage.block.change == "none":
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, embedding)
+            x = run(stage, x, embedding, tokens, checkpointing=self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(x)))

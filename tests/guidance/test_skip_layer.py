@@ -183,8 +183,8 @@ def test_what_cannot_be_skipped_is_one_clear_error(layers, message):
     ("layer", "message"),
     [
         ("down.2.attention.qkv", r"\(3, 48, 4, 4\) of \(3, 16, 4, 4\)"),
-        ("label_embedding", r"'label_embedding' makes \(3, 32\) of no tensor"),
-        ("level_embedding", r"\(3, 32\) of \(3,\)"),
+        ("conditioning.label_embedding", r"'conditioning.label_embedding' makes \(3, 32\) of no tensor"),
+        ("conditioning.level_embedding", r"\(3, 32\) of \(3,\)"),
     ],
 )
 def test_shapes_are_compared_at_the_first_call(layer, message):

@@ -259,7 +259,8 @@ def test_every_modulation_sees_the_embedding_through_its_activation(make, shape)
             module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     x, logsnr, cond = inputs(shape=shape)
     network(x, logsnr, cond)
-    embedding = network.level_embedding(logsnr) + network.label_embedding.table(cond["label"])
+    heard = network.conditioning
+    embedding = heard.level_embedding(logsnr) + heard.label_embedding.table(cond["label"])
     expected = embedding * torch.sigmoid(embedding)
     assert len(seen) == sum(name.endswith("modulation") for name, _ in network.named_modules())
     for given in seen:
