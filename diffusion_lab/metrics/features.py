@@ -10,6 +10,7 @@ meant.
 | `Pixels` | the pixels in [-1, 1] | none |
 | `Coordinates` | points of a vector space as they are (the one that takes floats) | none |
 | `DigitsCNN` | 32 of a classifier of 8x8 digits | in the package |
+| `UpsampledDigitsCNN` | the same, of larger digits averaged back to 8x8 | in the package |
 | `MNISTCNN` | 64 of a classifier of MNIST | in the package |
 | `Inception` (`metrics/inception.py`) | 2048 of the Inception network of the FID | a file |
 
@@ -27,6 +28,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffusion_lab.images import to_float
 from diffusion_lab.metrics.inception import Inception
@@ -40,6 +42,7 @@ __all__ = [
     "Inception",
     "MNISTCNN",
     "Pixels",
+    "UpsampledDigitsCNN",
 ]
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -188,3 +191,31 @@ class MNISTCNN(CNNFeatures):
     def __init__(self, *, weights_path: str | Path | None = None) -> None:
         path = WEIGHTS / "mnist_cnn.safetensors" if weights_path is None else Path(weights_path)
         super().__init__(name="mnist-cnn", weights_path=path)
+
+
+class UpsampledDigitsCNN(DigitsCNN):
+    """The features of `DigitsCNN` for digits of a larger side: blocks of pixels are averaged back to 8x8 first.
+
+    Args:
+        weights_path: Another weights file than the packaged one.
+    """
+
+    def __init__(self, *, weights_path: str | Path | None = None) -> None:
+        super().__init__(weights_path=weights_path)
+        self.name, self.resize = "digits-cnn", "block means, to 8x8"
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features `(N, dim)` and logits `(N, 10)`.
+
+        Raises:
+            TypeError: If the images are not uint8.
+            ValueError: If they are not square with a side that is a multiple of 8.
+        """
+        size = self.network.size
+        side = images.shape[-1]
+        if images.ndim != 4 or tuple(images.shape[1:]) != (1, side, side) or side % size:
+            raise ValueError(
+                f"{self.name} takes square images (N, 1, {size} k, {size} k), not {tuple(images.shape)}"
+            )
+        with torch.no_grad():
+            return self.network(F.avg_pool2d(to_float(images), side // size))

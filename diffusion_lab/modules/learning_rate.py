@@ -112,3 +112,36 @@ class LinearDecay:
         done = (images_seen - self.warmup_images) / (self.max_images - self.warmup_images)
         done = min(1.0, max(0.0, done))
         return _warmup(images_seen, self.warmup_images) * (1.0 + (self.final - 1.0) * done)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseSquareRoot:
+    """Linear warm-up, 1 until `reference_images`, then sqrt(reference_images / images_seen).
+
+    EDM2's schedule; its weights keep their norm, so nothing else makes its steps shorter.
+
+    Args:
+        reference_images: Images until the decay begins; the paper's t_ref times its batch.
+        warmup_images: Images until the full learning rate is reached.
+
+    Raises:
+        ValueError: If `reference_images` is not positive or the warm-up negative.
+
+    References:
+        Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", 2024, eq. 67.
+    """
+
+    reference_images: int
+    warmup_images: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reference_images < 1 or self.warmup_images < 0:
+            raise ValueError(
+                f"InverseSquareRoot needs reference_images >= 1 and warmup_images >= 0, got "
+                f"{self.reference_images} and {self.warmup_images}"
+            )
+
+    def __call__(self, images_seen: int) -> float:
+        """Return the factor on the learning rate."""
+        decay = math.sqrt(self.reference_images / max(images_seen, self.reference_images))
+        return _warmup(images_seen, self.warmup_images) * decay

@@ -16,6 +16,7 @@ from diffusion_lab.metrics.features import (
     FeatureExtractor,
     Inception,
     Pixels,
+    UpsampledDigitsCNN,
 )
 from diffusion_lab.metrics.inception import FILE_NAME
 from diffusion_lab.metrics.small_cnn import SmallCNN
@@ -265,3 +266,13 @@ def test_the_script_writes_the_same_file_twice_and_says_what_it_did(tmp_path, mo
     written = DigitsCNN(weights_path=tmp_path / "a/digits_cnn.safetensors")
     assert written.metadata["seed"] == "5" and written.metadata["torch"] == torch.__version__
     assert written.sha256 != DigitsCNN().sha256
+
+
+def test_upsampled_digits_have_the_features_of_the_digits():
+    small, large = DigitsCNN(), UpsampledDigitsCNN()
+    images = torch.randint(0, 256, (5, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    blocks = images.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    torch.testing.assert_close(large(blocks), small(images), rtol=1e-5, atol=1e-5)
+    assert large.resize != small.resize and large.sha256 == small.sha256
+    with pytest.raises(ValueError, match=r"square images \(N, 1, 8 k, 8 k\), not \(5, 1, 12, 12\)"):
+        large(torch.zeros(5, 1, 12, 12, dtype=torch.uint8))

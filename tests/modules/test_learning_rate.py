@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from diffusion_lab.modules.learning_rate import Constant, CosineDecay, LinearDecay
+from diffusion_lab.modules.learning_rate import Constant, CosineDecay, InverseSquareRoot, LinearDecay
 
 
 def test_constant_warms_up_and_stays():
@@ -35,9 +35,18 @@ def test_linear_is_a_line():
     assert LinearDecay(max_images=500, warmup_images=100)(200) == pytest.approx(0.75)
 
 
+def test_inverse_square_root_is_edm2s():
+    # the paper: alpha(t) = alpha_ref / sqrt(max(t / t_ref, 1))
+    schedule = InverseSquareRoot(reference_images=1000, warmup_images=100)
+    assert schedule(49) == pytest.approx(50 / 101) and schedule(100) == schedule(1000) == 1.0
+    assert schedule(4000) == pytest.approx(0.5) and schedule(9000) == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: InverseSquareRoot(reference_images=0),
+        lambda: InverseSquareRoot(reference_images=1, warmup_images=-1),
         lambda: Constant(warmup_images=-1),
         lambda: CosineDecay(max_images=10, warmup_images=10),
         lambda: LinearDecay(max_images=10, final=1.5),
