@@ -20,6 +20,7 @@ PURE = [
     "networks",
     "metrics",
     "ema",
+    "ema_posthoc",
     "rng",
     "typing",
     "images",
@@ -40,6 +41,7 @@ FLOORS = {
     "samplers": {"process", "denoisers"},
     "metrics": set(),
     "ema": set(),
+    "ema_posthoc": set(),
 }
 
 

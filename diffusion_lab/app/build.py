@@ -175,7 +175,8 @@ def load_denoiser(folder: Path, ema: str | None = None) -> Loaded:
 
     Args:
         folder: The folder; its config is checked against the allow-list before anything of it is built.
-        ema: Name of an average, or "raw"; None takes the first average, or the raw weights where there is none.
+        ema: Name of an average, "raw", or "posthoc_<width>[@<images>]" to make one from snapshots; None takes the
+            first average, or the raw weights where there is none.
 
     Raises:
         UserError: If the folder, the weights or the average asked for are missing, or do not fit the config.

@@ -4,14 +4,17 @@
         ema.safetensors       tensors of the denoiser; metadata: run, images seen, name of the average
         config.yaml           the run's config without this machine's folders and without what only training needs
 
-`sample.py` and `evaluate.py` take an export like a run. safetensors hold nothing but tensors and strings, and the
-config is checked against the allow-list, so an export from a stranger is data.
+`sample.py` and `evaluate.py` take an export like a run. Of a run they also take averages that were never tracked, made
+from its snapshots (`posthoc.py`); `export_average` puts such a one among the exported. safetensors hold nothing but
+tensors and strings, and the config is checked against the allow-list, so an export from a stranger is data.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +24,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from diffusion_lab.app import posthoc
+from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.errors import UserError, did_you_mean
 from diffusion_lab.app.run import RunFolder, write_atomically
+from diffusion_lab.modules.errors import RunError
 
 RAW = "raw"
 PREFIX = "denoiser."
@@ -35,11 +41,11 @@ class Weights:
     """The tensors of one denoiser.
 
     Attributes:
-        name: Name of the average, or "raw".
+        name: Name of the average, "raw", or "posthoc_<width>[@<images>]".
         tensors: The denoiser's state dict.
         images_seen: Images behind them.
         sha256: Hash over names, shapes, types and bytes.
-        source: The file they came from.
+        source: The file they came from, or the folder of snapshots.
     """
 
     name: str
@@ -78,10 +84,11 @@ def read_weights(folder: Path, ema: str | None) -> Weights:
 
     Args:
         folder: The folder.
-        ema: Name of an average, or "raw"; None takes the first average, or the raw weights where there is none.
+        ema: Name of an average, "raw", or "posthoc_<width>[@<images>]" (see `posthoc.py`); None takes the first
+            average, or the raw weights where there is none.
 
     Raises:
-        UserError: If there are no weights, or none of that name.
+        UserError: If there are no weights, or none of that name, or it cannot be made from the snapshots.
         RunError: If a checkpoint is unsafe.
     """
     files = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
@@ -107,6 +114,9 @@ def _from_run(folder: Path, ema: str | None) -> Weights:
     source = newest_checkpoint(folder)
     checkpoint = load_checkpoint(source)
     averages = averages_of(checkpoint)
+    if ema not in averages and (wanted := posthoc.parse(ema)) is not None:
+        tensors, images = posthoc.make(folder, wanted, averages, int(checkpoint["images_seen"]))
+        return Weights(wanted.name, tensors, images, hash_tensors(tensors), folder / posthoc.FOLDER)
     name = _choose(ema, [*averages, RAW], folder)
     tensors = raw_of(checkpoint) if name == RAW else averages[name]
     return Weights(name, tensors, int(checkpoint["images_seen"]), hash_tensors(tensors), source)
@@ -117,6 +127,8 @@ def _from_export(folder: Path, files: Mapping[str, Path], ema: str | None) -> We
 
     order = (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) or {}).get("averages") or {}  # type: ignore[union-attr]
     names = [str(name) for name in order if name in files] + [name for name in files if name not in order]
+    if ema not in names and posthoc.parse(ema) is not None:
+        raise UserError(f"ema={ema}: {folder} is an export, which holds no snapshots; name the run folder")
     name = _choose(ema, names, folder)
     try:
         with safe_open(files[name], framework="pt") as file:
@@ -146,17 +158,43 @@ def export_run(folder: RunFolder, config: Mapping[str, Any]) -> list[Path]:
 
     checkpoint = load_checkpoint(newest_checkpoint(folder.path))
     averages = averages_of(checkpoint) or {RAW: raw_of(checkpoint)}
+    return [
+        _export(folder, config, name, tensors, int(checkpoint["images_seen"]))
+        for name, tensors in averages.items()
+    ]
+
+
+def export_average(folder: Path, ema: str) -> Path:
+    """Write one average of a run to its export folder, beside those written when training ended.
+
+    Args:
+        folder: The run folder.
+        ema: As in `read_weights`: a width that a sweep found best, "posthoc_0.06", or any other name.
+
+    Returns:
+        The file, `<folder>/export/<ema>.safetensors`; `sample.py run=<folder>/export ema=<ema>` takes it.
+
+    Raises:
+        UserError: If the folder is no run, or there are no such weights.
+        RunError: If a checkpoint is unsafe.
+    """
+    folder = Path(folder).resolve()
+    config, weights = read_run(folder), _from_run(folder, ema)
+    return _export(RunFolder(folder), config, weights.name, weights.tensors, weights.images_seen)
+
+
+def _export(
+    folder: RunFolder, config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor], images: int
+) -> Path:
     folder.export.mkdir(exist_ok=True)
     write_atomically(folder.export / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(_portable(config))))
     facts = {
         "run": f"{config['name']}/{folder.path.name}",
-        "images_seen": str(checkpoint["images_seen"]),
+        "images_seen": str(images),
         "format": "diffusion_lab 1",
+        "average": name,
     }
-    return [
-        _save(tensors, folder.export / f"{name}.safetensors", {**facts, "average": name})
-        for name, tensors in averages.items()
-    ]
+    return _save(tensors, folder.export / f"{name}.safetensors", facts)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, facts: dict[str, str]) -> Path:
@@ -177,3 +215,23 @@ def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
         # found again below DIFFUSION_LAB_DATA, wherever that is
         kept["dataset"] = {**kept["dataset"], "root": Path(root).name}
     return kept
+
+
+def main() -> int:
+    """Export one average: `python -m diffusion_lab.app.export <run folder> <ema>`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusion_lab.app.export", description="Export one average of a run."
+    )
+    parser.add_argument("run", type=Path, help="the run folder")
+    parser.add_argument("ema", help="the name of an average, raw, or posthoc_<width>[@<images>]")
+    words = parser.parse_args()
+    try:
+        print(f"weights  {export_average(words.run, words.ema)}")
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

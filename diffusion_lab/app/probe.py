@@ -21,6 +21,7 @@ from diffusion_lab.app.job import Job, streams
 from diffusion_lab.app.stored import CLASSIFIER, WEAK, placed, replaced
 from diffusion_lab.process.interpolants import Interpolant
 from diffusion_lab.samplers.counting import BlankDenoiser, CountingDenoiser
+from diffusion_lab.samplers.iddpm import LearnedVariance
 from diffusion_lab.typing import NO_LABEL, Cond
 
 
@@ -60,6 +61,14 @@ class Blank(BlankDenoiser):
         return torch.zeros_like(x) * x
 
 
+class BlankWithVariance(Blank):
+    """A blank for samplers that ask for a learned variance."""
+
+    def with_variance(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> tuple[Tensor, Tensor]:
+        """Return zeros like `x` twice; every row is one evaluation."""
+        return self(x, logsnr, cond), torch.zeros_like(x)
+
+
 class BlankClassifier:
     """A classifier for which all classes are alike.
 
@@ -93,7 +102,8 @@ def probe(job: Job, loaded: Loaded, y: Tensor | None = None) -> Probed:
     }
     node = {**job.generation, "guidance": replaced(job.generation["guidance"], blanks)}
     generation = generation_of({"generation": node})
-    blank = Blank(loaded.denoiser.interpolant)
+    kind = BlankWithVariance if isinstance(loaded.denoiser, LearnedVariance) else Blank
+    blank = kind(loaded.denoiser.interpolant)
     labels = job.label_list([0])
     cond: dict[str, Tensor] = {} if labels is None else {"label": torch.tensor(labels)}
     if y is not None:
@@ -133,6 +143,8 @@ def check_labels(job: Job, loaded: Loaded, probed: Probed) -> None:
         UserError: If it would be asked.
     """
     loss: Mapping[str, Any] = loaded.config["method"].get("loss") or {}
+    while "label_dropout" not in loss and isinstance(loss.get("loss"), Mapping):
+        loss = loss["loss"]  # a loss around a loss
     if not job.num_classes or not probed.unconditional or loss.get("label_dropout") != 0.0:
         return
     if job.posterior is not None and job.labels is None:

@@ -42,8 +42,8 @@ NOT_IDENTITY = frozenset(
 )
 # callbacks that only look
 WATCHING = frozenset(
-    "AccuracyByNoiseLevel Checkpoints FrechetDuringTraining LossByNoiseLevel Preemption Progress SampleGrid Throughput "
-    "TrainingLog".split()
+    "AccuracyByNoiseLevel Checkpoints EMASnapshots FrechetDuringTraining LossByNoiseLevel Preemption Progress "
+    "SampleGrid Throughput TrainingLog".split()
 )
 # how fast the data come and from where, not which
 NOT_DATA = frozenset({"root", "num_workers"})

@@ -2,6 +2,7 @@
 
 from diffusion_lab.callbacks.checkpoints import Checkpoints
 from diffusion_lab.callbacks.ema import EMACallback
+from diffusion_lab.callbacks.ema_snapshots import EMASnapshots
 from diffusion_lab.callbacks.frechet import FrechetDuringTraining
 from diffusion_lab.callbacks.gradient_norm import GradientNorm
 from diffusion_lab.callbacks.loss_by_noise_level import LossByNoiseLevel
@@ -15,6 +16,7 @@ from diffusion_lab.callbacks.training_log import TrainingLog
 __all__ = [
     "Checkpoints",
     "EMACallback",
+    "EMASnapshots",
     "FrechetDuringTraining",
     "GradientNorm",
     "LossByNoiseLevel",

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from diffusion_lab.modules.diffusion import DiffusionModule
 
@@ -49,13 +48,6 @@ def synchronize(device: torch.device) -> None:
     """Wait for a GPU, so that a clock read next to it means something."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place; every process must call this."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-    return values
 
 
 class StepCallback(Callback):

@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from diffusion_lab.callbacks.base import StepCallback, check_interval, due, paused, sum_over_ranks
+from diffusion_lab.callbacks.base import StepCallback, check_interval, due, paused
 from diffusion_lab.callbacks.preemption import was_preempted
 from diffusion_lab.callbacks.sampling import condition, evaluating, labels_for, pick, share
 from diffusion_lab.images import to_uint8
@@ -26,6 +26,7 @@ from diffusion_lab.loggers import log_metrics
 from diffusion_lab.metrics.features import FeatureExtractor
 from diffusion_lab.metrics.frechet import GaussianStats, frechet_distance
 from diffusion_lab.modules.diffusion import DiffusionModule
+from diffusion_lab.modules.ranks import sum_over_ranks
 from diffusion_lab.samplers.generate import Generation
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from diffusion_lab.callbacks.base import StepCallback, check_interval, due, sum_over_ranks
+from diffusion_lab.callbacks.base import StepCallback, check_interval, due
 from diffusion_lab.loggers import log_metrics
 from diffusion_lab.modules.diffusion import DiffusionModule
+from diffusion_lab.modules.ranks import sum_over_ranks
 
 
 class GradientNorm(StepCallback):

@@ -11,9 +11,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from diffusion_lab.callbacks.base import StepCallback, check_interval, due, sum_over_ranks
+from diffusion_lab.callbacks.base import StepCallback, check_interval, due
 from diffusion_lab.loggers import log_metrics, rewind
 from diffusion_lab.modules.diffusion import DiffusionModule
+from diffusion_lab.modules.ranks import sum_over_ranks
 
 
 class TrainingLog(StepCallback):

@@ -1,6 +1,7 @@
 """Denoisers: callables `(x, logsnr, cond) -> E[x0 | x]`, by a network or in closed form."""
 
 from diffusion_lab.denoisers.analytic import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from diffusion_lab.denoisers.learned_variance import LearnedVarianceDenoiser, VarianceOutput
 from diffusion_lab.denoisers.network import NetworkDenoiser, Output
 from diffusion_lab.denoisers.prediction import (
     EDM,
@@ -21,11 +22,13 @@ __all__ = [
     "Eps",
     "GaussianDenoiser",
     "GaussianMixtureDenoiser",
+    "LearnedVarianceDenoiser",
     "NetworkDenoiser",
     "Output",
     "Prediction",
     "Score",
     "V",
+    "VarianceOutput",
     "Velocity",
     "X0",
     "eps_error_scale",

@@ -86,8 +86,18 @@ class NetworkDenoiser(nn.Module):
         c_in = torch.rsqrt((alpha * self.sigma_data) ** 2 + sigma**2)
         raw = self.network(broadcast_right(c_in, x) * x, logsnr, cond)
         # autocast may have lowered the output; the algebra below is cheap and wants its digits
-        raw = raw.to(x.dtype)
-        return Output(x0=x0_from(self.prediction, x, raw, alpha, sigma), raw=raw)
+        return self.read(raw.to(x.dtype), x, alpha, sigma)
+
+    def read(self, answer: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Output:
+        """Turn what the network said of `x` into an `Output`; for subclasses whose network says more than F.
+
+        Args:
+            answer: The network's output, in the dtype of `x`.
+            x: Noisy data, `(B, *D)`.
+            alpha: Signal coefficient, `x.shape[:k]`.
+            sigma: Noise coefficient, like `alpha`.
+        """
+        return Output(x0=x0_from(self.prediction, x, answer, alpha, sigma), raw=answer)
 
     def forward(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
         """Return E[x0 | x], of the shape of `x`. See `predict`."""

@@ -38,7 +38,8 @@ class LossTerms:
 
     Attributes:
         total: What is differentiated, 0-d.
-        per_example: Loss of each example, `(B,)`; `total` is its mean.
+        per_example: Loss of each example, `(B,)`, to compare and to plot; `total` is its mean, unless the loss that
+            returns it says otherwise.
         logsnr: Noise level of each example, `(B,)`.
     """
 
@@ -47,20 +48,57 @@ class LossTerms:
     logsnr: Tensor
 
 
+def level_for(x0: Tensor, logsnr: Tensor) -> Tensor:
+    """Return `logsnr` in the precision that coefficients for `x0` need: float32, float64 where `x0` is."""
+    return logsnr.to(x0.dtype) if x0.dtype == torch.float64 else logsnr.float()
+
+
+def raw_residual(
+    denoiser: NetworkDenoiser, raw: Tensor, x0: Tensor, eps: Tensor, logsnr: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the error of a network's own output, and its exchange rate to eps.
+
+    Args:
+        denoiser: Whose output it is.
+        raw: F, `(B, *D)`.
+        x0: Clean data `(B, *D)`.
+        eps: Noise `(B, *D)`.
+        logsnr: `(B,)`.
+
+    Returns:
+        `(error, scale)`, `(B, *D)` and `(B,)`, with (eps - eps_hat)^2 = scale error^2 for each element.
+    """
+    alpha, sigma = denoiser.interpolant(level_for(x0, logsnr))
+    error = raw - target(denoiser.prediction, x0, eps, alpha, sigma)
+    return error, eps_error_scale(denoiser.prediction, alpha, sigma)
+
+
+def eps_residual(
+    denoiser: DenoiserFn, x: Tensor, x0: Tensor, eps: Tensor, logsnr: Tensor, cond: Cond | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `(error, scale)` as `raw_residual` does, for any denoiser.
+
+    Args:
+        denoiser: What is judged; a network by its own output, any other by its x0.
+        x: What the denoiser is shown, `(B, *D)`; alpha x0 + sigma eps where nothing else is said.
+        x0: Clean data `(B, *D)`.
+        eps: Noise `(B, *D)`.
+        logsnr: `(B,)`.
+        cond: Conditions, or None.
+    """
+    logsnr = level_for(x0, logsnr)
+    if isinstance(denoiser, NetworkDenoiser):
+        return raw_residual(denoiser, denoiser.predict(x, logsnr, cond).raw, x0, eps, logsnr)
+    alpha, sigma = denoiser.interpolant(logsnr)
+    return denoiser(x, logsnr, cond) - x0, (alpha / sigma) ** 2
+
+
 def eps_error(
     denoiser: DenoiserFn, x0: Tensor, eps: Tensor, logsnr: Tensor, cond: Cond | None = None
 ) -> Tensor:
     """Return the mean over the data's dimensions of |eps - eps_hat|^2 at `logsnr` `(B,)`, of shape `(B,)`."""
-    logsnr = logsnr.to(x0.dtype) if x0.dtype == torch.float64 else logsnr.float()
-    x = marginal(denoiser.interpolant, x0, eps, logsnr)
-    alpha, sigma = denoiser.interpolant(logsnr)
-    if isinstance(denoiser, NetworkDenoiser):
-        raw = denoiser.predict(x, logsnr, cond).raw
-        error = raw - target(denoiser.prediction, x0, eps, alpha, sigma)
-        scale = eps_error_scale(denoiser.prediction, alpha, sigma)
-    else:
-        error = denoiser(x, logsnr, cond) - x0
-        scale = (alpha / sigma) ** 2
+    x = marginal(denoiser.interpolant, x0, eps, level_for(x0, logsnr))
+    error, scale = eps_residual(denoiser, x, x0, eps, logsnr, cond)
     return scale * error.square().flatten(1).mean(1)
 
 
@@ -108,5 +146,28 @@ class DenoisingLoss(nn.Module):
         eps = rng.randn("noise", x0.shape[1:], dtype=x0.dtype)
         cond = drop_labels(cond, self.label_dropout, rng)
         ratio = self.weighting(logsnr) * torch.exp(-log_density)
-        per_example = 0.5 * ratio.to(x0.dtype) * eps_error(denoiser, x0, eps, logsnr, cond)
+        per_example = self.example_losses(denoiser, x0, eps, logsnr, 0.5 * ratio.to(x0.dtype), cond, rng)
         return LossTerms(total=per_example.mean(), per_example=per_example, logsnr=logsnr)
+
+    def example_losses(
+        self,
+        denoiser: DenoiserFn,
+        x0: Tensor,
+        eps: Tensor,
+        logsnr: Tensor,
+        factor: Tensor,
+        cond: Cond | None,
+        rng: StepRNG,
+    ) -> Tensor:
+        """Return the loss of each example, `(B,)`; what a loss that differs in its error alone overrides.
+
+        Args:
+            denoiser: What is judged.
+            x0: Clean data `(B, *D)`.
+            eps: Noise `(B, *D)`.
+            logsnr: `(B,)`.
+            factor: ½ w / p, `(B,)`.
+            cond: Conditions, labels already dropped.
+            rng: For further draws, under tags of their own.
+        """
+        return factor * eps_error(denoiser, x0, eps, logsnr, cond)

@@ -20,6 +20,7 @@ with it.
     P2              p / (k + s)^gamma                   Choi et al. 2022
     Sigmoid         sigmoid(bias - logsnr)              Kingma & Gao 2023; Hoogeboom et al. 2024
     EDM             p_LN (1/s + d^2) / d^2              Karras et al. 2022: p_LN log-normal, d = sigma_data
+    EDMMonotonic    EDM's, its peak's below the peak    Kingma & Gao 2023
 
 References:
     Kingma & Gao, "Understanding Diffusion Objectives as the ELBO with Simple Data Augmentation", 2023, table 1 and
@@ -35,7 +36,9 @@ References:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -172,3 +175,47 @@ class EDMWeighting:
         """See `Weighting`."""
         log_density = LogNormal(mean=self.p_mean, std=self.p_std).log_density(logsnr)
         return torch.exp(log_density) * (torch.exp(-logsnr) / self.sigma_data**2 + 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDMMonotonic(EDMWeighting):
+    """EDM's weighting, held at its highest value below its peak: falling, so a bound on augmented data.
+
+    With the defaults the peak is at logsnr = -3.308. Kingma & Gao, "Understanding Diffusion Objectives as the ELBO with
+    Simple Data Augmentation", 2023.
+
+    Args:
+        p_mean: Mean of ln sigma.
+        p_std: Standard deviation of ln sigma.
+        sigma_data: d, standard deviation of the data.
+    """
+
+    @property
+    def peak(self) -> float:
+        """The log-SNR at which EDM's weighting is largest."""
+        return _edm_peak(self.p_mean, self.p_std, self.sigma_data)
+
+    def __call__(self, logsnr: Tensor) -> Tensor:
+        """See `Weighting`."""
+        return super().__call__(logsnr.clamp(min=self.peak))
+
+
+@lru_cache(maxsize=64)
+def _edm_peak(p_mean: float, p_std: float, sigma_data: float) -> float:
+    """Return the argmax of log w = log p_LN + log(1 + exp(-logsnr) / d²).
+
+    Its derivative is -(logsnr - mu) / s² - sigmoid(-logsnr - 2 log d) for logsnr ~ N(mu, s²), so the peak is between
+    mu - s² and mu. For s > 2 there may be two: the higher is taken on a grid, and refined where the derivative changes
+    sign.
+    """
+    mu, variance = -2.0 * p_mean, (2.0 * p_std) ** 2
+    shift = 2.0 * math.log(sigma_data)
+    grid = torch.linspace(mu - variance, mu, 4097, dtype=torch.float64)
+    log_w = -0.5 * (grid - mu) ** 2 / variance + F.softplus(-grid - shift)
+    best = int(log_w.argmax())
+    low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, 4096)])
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        rises = -(middle - mu) / variance > 1.0 / (1.0 + math.exp(middle + shift))
+        low, high = (middle, high) if rises else (low, middle)
+    return 0.5 * (low + high)

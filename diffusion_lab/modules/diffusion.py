@@ -18,6 +18,7 @@ so a run that is interrupted and resumed, even on another number of processes, c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
 
@@ -27,10 +28,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffusion_lab.denoisers import NetworkDenoiser
-from diffusion_lab.losses.denoising import DenoisingLoss, LossTerms
+from diffusion_lab.losses.adaptive import Adaptive
+from diffusion_lab.losses.denoising import LossTerms
 from diffusion_lab.modules.errors import RunError
 from diffusion_lab.modules.finite import FiniteGuard
 from diffusion_lab.modules.learning_rate import Constant, LRSchedule
+from diffusion_lab.modules.ranks import sum_over_ranks
 from diffusion_lab.rng import StepRNG, derive_seed
 from diffusion_lab.typing import DenoiserFn
 
@@ -54,7 +57,8 @@ class DiffusionModule(pl.LightningModule):
 
     Args:
         denoiser: The denoiser whose network learns.
-        loss: Turns a clean batch into losses; its own parameters, if any, learn too.
+        loss: Turns a clean batch into losses, as `DenoisingLoss` does; its own parameters, if any, learn too, and so
+            does what is `Adaptive` in it.
         optimizer: Callable that takes the parameters and returns an optimizer.
         lr_schedule: Factor on the optimizer's learning rate, a function of the images seen; None means 1.
         seed: The run's seed.
@@ -80,7 +84,7 @@ class DiffusionModule(pl.LightningModule):
         self,
         *,
         denoiser: NetworkDenoiser,
-        loss: DenoisingLoss,
+        loss: nn.Module,
         optimizer: OptimizerFactory,
         lr_schedule: LRSchedule | None = None,
         seed: int,
@@ -183,14 +187,9 @@ class DiffusionModule(pl.LightningModule):
             seed=self.seed, step=step, positions=rows, total=self.global_batch_size, device=x0.device
         )
         cond = {name: value for name, value in batch.items() if name != "x0"} or None
-        terms = self.loss(self.denoiser, x0, cond, rng)
-        self.terms.append(
-            LossTerms(
-                total=terms.total.detach(),
-                per_example=terms.per_example.detach(),
-                logsnr=terms.logsnr.detach(),
-            )
-        )
+        terms: LossTerms = self.loss(self.denoiser, x0, cond, rng)
+        values = {field.name: getattr(terms, field.name) for field in fields(terms)}
+        self.terms.append(replace(terms, **{name: value.detach() for name, value in values.items()}))
         return terms.total
 
     def step_loss(self) -> Tensor:
@@ -209,9 +208,16 @@ class DiffusionModule(pl.LightningModule):
         for group, lr in zip(optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = lr * factor
         optimizer.step(closure=optimizer_closure)
+        if isinstance(self.loss, Adaptive):
+            self.loss.adapt(sum_over_ranks(self._statistics(self.loss)))
         self.images_seen += self.global_batch_size
         self.stepped = True
         self._micro = 0
+
+    def _statistics(self, loss: Adaptive) -> Tensor:
+        """What an adaptive loss is to learn of the micro-batches of this process."""
+        found = [loss.statistics(terms) for terms in self.terms]
+        return torch.stack(found).sum(0)
 
     # ---- Lightning: checkpoints --------------------------------------------------------------------------------------
 

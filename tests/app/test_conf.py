@@ -150,9 +150,13 @@ def test_a_group_file_names_at_most_one_target_and_explains_itself(file: Path):
     group = file.relative_to(CONF).parts[0]
     if group == "experiment":
         assert text.startswith("# @package _global_\n# "), "an experiment says where it comes from"
-    # a method is a small assembly: module, denoiser, a loss that may wrap a loss; samplers and schedules may hold another
+    # a method is a small assembly: module, denoiser, a loss that may wrap a loss; a sampler may hold another part
     most = {"method": 4, "sampler": 2, "schedule": 2, "averages": 2}
     assert text.count("_target_:") <= most.get(group, 1)
+
+
+# what is built only with a certain other choice
+NEEDS = {("method", "adaptive"): ["schedule=adaptive"], ("method", "vdm"): ["schedule=learned"]}
 
 
 @pytest.mark.parametrize(
@@ -169,12 +173,16 @@ def test_every_file_builds(group, option, tmp_path):
     if group == "model":
         # whatever its size: on this device nothing is allocated; a network for other data says so in its name
         ending = option.rpartition("_")[2]
-        data = next((name for name in GROUPS["dataset"] if len(ending) > 1 and name.endswith(ending)), "digits")
+        data = next(
+            (name for name in GROUPS["dataset"] if len(ending) > 1 and name.endswith(ending)), "digits"
+        )
         cfg = config("train", f"model={option}", f"dataset={data}")
         with torch.device("meta"):
             assert isinstance(hydra.utils.instantiate(cfg.model), torch.nn.Module)
         return
     cfg = with_option(group, option)
+    if (group, option) in NEEDS:
+        cfg = config("train", f"{group}={option}", *NEEDS[group, option])
     cfg.paths.run = str(tmp_path)
     if group in ("averages", "callbacks", "logger", "modifiers"):
         assert set(hydra.utils.instantiate(cfg[group])) == set(cfg[group])

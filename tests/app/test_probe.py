@@ -1,5 +1,7 @@
 """What a job asks of its networks is known before anything is sampled: evaluations, and answers without a label."""
 
+import json
+
 import pytest
 import tiny_runs
 import torch
@@ -71,3 +73,19 @@ def test_what_guidance_and_sampler_refuse_is_one_line(never_without, tmp_path, c
     error = capsys.readouterr().err
     assert "these settings cannot be sampled: the network has no layer 'nowhere' to skip" in error
     assert error.count("\n") == 1 and not (tmp_path / "a").exists()
+
+
+def test_a_learned_variance_is_sampled_with_and_counted(tmp_path):
+    words = ("method=iddpm", "method.loss.steps=20", "model.out_channels=2")
+    run = tiny_runs.train(tmp_path / "runs", *words, max_images=64).resolve()
+    sample(tmp_path / "a", run, "num_samples=4", "sampler=iddpm", "guidance=none", "grid.steps=3")
+    assert json.loads((tmp_path / "a" / "record.json").read_text())["nfe"] == 3
+    # guidance hides it
+    sample(tmp_path / "b", run, "num_samples=4", "sampler=iddpm", "guidance=cfg", "guidance.scale=2", code=2)
+
+
+def test_a_loss_around_a_loss_says_too_whether_labels_were_dropped(tmp_path, capsys):
+    words = ("method=edm2", "method.loss.loss.label_dropout=0.0")
+    run = tiny_runs.train(tmp_path / "runs", *words, max_images=64).resolve()
+    sample(tmp_path / "a", run, "num_samples=4", "guidance=cfg", "guidance.scale=2", code=2)
+    assert "knows no answer without one" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""A run small enough for a test, with everything that could break exactness: dropout, labels, averages, Adam, workers.
+"""A run small enough for a test, with everything that could break exactness.
+
+Dropout, labels, averages, Adam, workers, and a schedule that follows the loss.
 
 `python tiny_training.py '<json options>'` runs it as a process of its own, for the tests with several processes.
 """
@@ -31,11 +33,11 @@ from diffusion_lab.denoisers import NetworkDenoiser, V
 from diffusion_lab.ema import ConstantDecay, PowerFunction
 from diffusion_lab.guidance import Unguided
 from diffusion_lab.loggers import CSVMetrics, hush_lightning
-from diffusion_lab.losses.denoising import DenoisingLoss
+from diffusion_lab.losses.adaptive import AdaptiveDenoisingLoss
 from diffusion_lab.losses.weightings import SigmoidWeighting
 from diffusion_lab.modules import AtomicCheckpointIO, DiffusionModule, LinearDecay
 from diffusion_lab.process.interpolants import VariancePreserving
-from diffusion_lab.process.schedules import Cosine
+from diffusion_lab.process.schedules.adaptive import AdaptiveSchedule
 from diffusion_lab.rng import derive_seed
 from diffusion_lab.samplers import DDIM
 from diffusion_lab.samplers.generate import Generation
@@ -116,10 +118,12 @@ class Data(pl.LightningDataModule):
 
 
 def make_module(seed=0, global_batch_size=BATCH, **options):
-    schedule = Cosine(logsnr_min=-10.0, logsnr_max=10.0)
+    schedule = AdaptiveSchedule(logsnr_min=-10.0, logsnr_max=10.0, bins=8, halflife_images=40)
     return DiffusionModule(
         denoiser=NetworkDenoiser(network=Net(), interpolant=VariancePreserving(), prediction=V()),
-        loss=DenoisingLoss(schedule=schedule, weighting=SigmoidWeighting(bias=0.0), label_dropout=0.3),
+        loss=AdaptiveDenoisingLoss(
+            schedule=schedule, weighting=SigmoidWeighting(bias=0.0), label_dropout=0.3
+        ),
         optimizer=partial(torch.optim.Adam, lr=1e-2),
         lr_schedule=LinearDecay(max_images=1000, warmup_images=40),
         seed=seed,

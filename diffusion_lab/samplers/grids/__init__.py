@@ -4,6 +4,7 @@ r"""Sampling grids: increasing log-SNRs that end at +inf. A grid of N steps has 
     power_time        logsnr(u_i), u_i = (1 - i / N)^power: DEIS's spacing
     beta_quantile     logsnr(u_i), u_i the quantile 1 - i / N of a Beta distribution
     uniform_time      logsnr = 2 log((1 - t) / t), t_i = 1 - i / N: rectified flow's spacing
+    shifted_time      uniform_time with t -> shift t / (1 + (shift - 1) t): SD3's spacing for larger images
     uniform_logsnr    N levels from logsnr_min to logsnr_max, then +inf: the solvers' spacing
     karras            sigma^(1/rho) linear, N levels from sigma_max to sigma_min, then +inf: EDM's spacing
     from_sigmas       any decreasing list of EDM noise levels, as other code bases print them
@@ -24,6 +25,7 @@ from diffusion_lab.samplers.grids.gits import GITS
 from diffusion_lab.samplers.grids.interpolate import interpolated
 from diffusion_lab.samplers.grids.listed import from_logsnrs
 from diffusion_lab.samplers.grids.power import power_time
+from diffusion_lab.samplers.grids.shifted_time import shifted_time
 from diffusion_lab.samplers.grids.uniform_time import uniform_time
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "interpolated",
     "karras",
     "power_time",
+    "shifted_time",
     "uniform_logsnr",
     "uniform_time",
     "uniform_u",
