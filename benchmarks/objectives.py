@@ -56,7 +56,7 @@ LARGE = {
     16: ["dataset.size=16", "metrics=digits_upsampled", "model.multipliers=[1,2,2]", "max_images=44_800"],
     32: [
         "dataset.size=32", "metrics=digits_upsampled", "model.multipliers=[1,2,2,2]", "model.channels=16",
-        "max_images=25_600",
+        "max_images=32_000",
     ],
 }  # fmt: skip
 SHIFT = [
