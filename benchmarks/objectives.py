@@ -81,7 +81,7 @@ RECIPES.update(
         "uniform": [*DIGITS, *STEADY, "schedule=linear_logsnr", "schedule.logsnr_min=-10", "schedule.logsnr_max=10"],
         "adaptive": [*DIGITS, *STEADY, "method=adaptive", "schedule=adaptive", "schedule.halflife_images=5_000"],
         "posthoc": ["experiment=digits/posthoc_ema", *QUIET[1:]],
-        "vdm": ["experiment=vdm/digits", *QUIET],
+        "vdm": ["experiment=vdm/digits", *QUIET, "max_images=51_200"],
         **{f"plain{s}": [*DIGITS, *words, "weighting=eps_mse"] for s, words in LARGE.items()},
         **{f"shifted{s}": [*DIGITS, *words, "weighting=eps_mse", *SHIFT] for s, words in LARGE.items()},
     }
