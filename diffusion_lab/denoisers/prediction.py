@@ -70,6 +70,23 @@ class Eps:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EpsResidual:
+    """The network predicts the noise less the noisy input: at high noise there is next to nothing left to say.
+
+    VDM's: F = eps - x / n, x / n being the input of the network at the length of the variance-preserving process,
+    n = sqrt(alpha^2 + sigma^2). Undefined at logsnr = -inf, as `Eps`.
+
+    References:
+        Kingma et al., "Variational Diffusion Models", 2021, its published code.
+    """
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Prediction`; 1 - sigma / n without cancellation."""
+        norm = torch.sqrt(alpha**2 + sigma**2)
+        return -alpha / norm, alpha**2 / (norm * (norm + sigma))
+
+
+@dataclass(frozen=True, kw_only=True)
 class V:
     """The network predicts the variance-preserving process's v = alpha eps - sigma x0: good at both ends."""
 

@@ -34,6 +34,7 @@ from diffusion_lab.modules.errors import RunError
 from diffusion_lab.modules.finite import FiniteGuard
 from diffusion_lab.modules.learning_rate import Constant, LRSchedule
 from diffusion_lab.modules.ranks import sum_over_ranks
+from diffusion_lab.networks.magnitude_preserving import magnitude_preserving, normalize_weights
 from diffusion_lab.rng import StepRNG, derive_seed
 from diffusion_lab.typing import DenoiserFn
 
@@ -112,6 +113,7 @@ class DiffusionModule(pl.LightningModule):
         self.paused_s = 0.0
         self._micro = 0
         self._base_lr: list[float] = []
+        self._magnitude_preserving = magnitude_preserving(denoiser)
 
     def denoisers(self) -> Mapping[str, DenoiserFn]:
         """Every denoiser that can be sampled: the live one as "raw", and the averages by name."""
@@ -208,6 +210,7 @@ class DiffusionModule(pl.LightningModule):
         for group, lr in zip(optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = lr * factor
         optimizer.step(closure=optimizer_closure)
+        normalize_weights(self._magnitude_preserving)
         if isinstance(self.loss, Adaptive):
             self.loss.adapt(sum_over_ranks(self._statistics(self.loss)))
         self.images_seen += self.global_batch_size

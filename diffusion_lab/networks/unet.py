@@ -5,10 +5,12 @@ r"""The ADM U-Net: the class-conditional convolutional network that most pixel-s
 
 Sizes in the literature: `channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_channels=64` is
 ADM's ImageNet 64x64 model, 296 million parameters; `channels=128, multipliers=(1, 2, 2, 2), blocks=3,
-attention=(16, 8)` is about improved DDPM's CIFAR-10 model.
+attention=(16, 8)` is about improved DDPM's CIFAR-10 model. With blocks that differ between levels and dropout at small
+sides only it is simple diffusion's U-Net.
 
 References:
     Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, section 3 and table 11.
+    Hoogeboom, Heek & Salimans, "simple diffusion: End-to-end diffusion for high resolution images", 2023, section 3.
 """
 
 from __future__ import annotations
@@ -62,10 +64,11 @@ class UNet(nn.Module):
         size: Side of the images; divisible by 2 ** (len(multipliers) - 1).
         channels: Channels at full resolution.
         multipliers: Channels of each level as multiples of `channels`; the resolution halves between levels.
-        blocks: Residual blocks a level.
+        blocks: Residual blocks a level, one number for all or one for each.
         attention: Sides of the feature maps that have attention after each block, e.g. (16, 8).
         head_channels: Channels of one attention head.
-        dropout: Dropout probability in every residual block.
+        dropout: Dropout probability in residual blocks.
+        dropout_max_side: Largest side of a feature map whose blocks have dropout; None for dropout everywhere.
         num_classes: Number of classes; 0 for a network without, which ignores labels.
         middle_attention: Whether the middle has attention, whatever its side.
         out_channels: Channels of the output; None for those of the images. Twice as many for a learned variance.
@@ -75,7 +78,8 @@ class UNet(nn.Module):
         checkpointing: Whether to save memory in training by computing activations twice, a block at a time.
 
     Raises:
-        ValueError: If `size` cannot be halved often enough, or an attention side is not that of any level.
+        ValueError: If `size` cannot be halved often enough, an attention side is not that of any level, or `blocks` has
+            not one number a level.
     """
 
     def __init__(
@@ -85,10 +89,11 @@ class UNet(nn.Module):
         size: int,
         channels: int,
         multipliers: Sequence[int],
-        blocks: int,
+        blocks: int | Sequence[int],
         attention: Sequence[int] = (),
         head_channels: int = 64,
         dropout: float = 0.0,
+        dropout_max_side: int | None = None,
         num_classes: int = 0,
         middle_attention: bool = True,
         out_channels: int | None = None,
@@ -108,6 +113,9 @@ class UNet(nn.Module):
                 f"attention at sides {sorted(set(attention) - set(sides))}, but the levels have sides {sides}; "
                 "choose another model="
             )
+        counts = [blocks] * len(sides) if isinstance(blocks, int) else list(blocks)
+        if len(counts) != len(sides):
+            raise ValueError(f"blocks has {len(counts)} numbers, but there are {len(sides)} levels")
         width = 4 * channels
         self.checkpointing = checkpointing
         self.conditioning = Conditioning(
@@ -126,17 +134,24 @@ class UNet(nn.Module):
                 else None
             )
 
-        def stage(inputs: int, outputs: int, side: int, change: Resample = "none") -> Stage:
-            block = ResidualBlock(
-                in_channels=inputs, out_channels=outputs, embedding=width, dropout=dropout, change=change
+        def residual(inputs: int, outputs: int, side: int, change: Resample = "none") -> ResidualBlock:
+            return ResidualBlock(
+                in_channels=inputs,
+                out_channels=outputs,
+                embedding=width,
+                dropout=dropout if dropout_max_side is None or side <= dropout_max_side else 0.0,
+                change=change,
             )
+
+        def stage(inputs: int, outputs: int, side: int, change: Resample = "none") -> Stage:
+            block = residual(inputs, outputs, side, change)
             attends = side in attention and change == "none"
             return Stage(block, *(attentions(outputs) if attends else (None, None)))
 
         self.conv_in = nn.Conv2d(in_channels + image_channels, channels, 3, padding=1)
         self.down, skips, now = nn.ModuleList(), [channels], channels
         for level, (side, multiplier) in enumerate(zip(sides, multipliers, strict=True)):
-            for _ in range(blocks):
+            for _ in range(counts[level]):
                 self.down.append(stage(now, channels * multiplier, side))
                 now = channels * multiplier
                 skips.append(now)
@@ -144,12 +159,12 @@ class UNet(nn.Module):
                 self.down.append(stage(now, now, side // 2, "down"))
                 skips.append(now)
         middle = attentions(now) if middle_attention else (None, None)
-        first = ResidualBlock(in_channels=now, out_channels=now, embedding=width, dropout=dropout)
-        second = ResidualBlock(in_channels=now, out_channels=now, embedding=width, dropout=dropout)
-        self.middle = nn.ModuleList([Stage(first, *middle), Stage(second, None)])
+        self.middle = nn.ModuleList(
+            [Stage(residual(now, now, sides[-1]), *middle), Stage(residual(now, now, sides[-1]), None)]
+        )
         self.up = nn.ModuleList()
         for level, (side, multiplier) in reversed(list(enumerate(zip(sides, multipliers, strict=True)))):
-            for _ in range(blocks + 1):
+            for _ in range(counts[level] + 1):
                 self.up.append(stage(now + skips.pop(), channels * multiplier, side))
                 now = channels * multiplier
             if level > 0:

@@ -9,6 +9,7 @@ from diffusion_lab.denoisers import (
     EDM,
     X0,
     Eps,
+    EpsResidual,
     NetworkDenoiser,
     Score,
     V,
@@ -19,7 +20,7 @@ from diffusion_lab.denoisers import (
 )
 from diffusion_lab.process import RectifiedFlow, VarianceExploding, VariancePreserving, ddim_step, marginal
 
-PREDICTIONS = [X0(), Eps(), V(), Velocity(), Score(), EDM(sigma_data=0.5), EDM(sigma_data=1.3)]
+PREDICTIONS = [X0(), Eps(), EpsResidual(), V(), Velocity(), Score(), EDM(sigma_data=0.5), EDM(sigma_data=1.3)]
 INTERPOLANTS = [VariancePreserving(), VarianceExploding(), RectifiedFlow()]
 each = pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
 every = pytest.mark.parametrize("interpolant", INTERPOLANTS, ids=lambda i: type(i).__name__)
@@ -53,6 +54,16 @@ def test_error_exchange_rate(prediction, interpolant, problem):
     eps_hat = (x - alpha[:, None] * x0_hat) / sigma[:, None]
     scaled = eps_error_scale(prediction, alpha, sigma) * (wrong**2).sum(1)
     torch.testing.assert_close(scaled, ((eps_hat - eps) ** 2).sum(1), rtol=1e-8, atol=0)
+
+
+def test_a_silent_network_takes_its_input_for_noise(problem):
+    # VDM's base measure: eps_hat = F + x in the variance-preserving process
+    x0, eps, wrong, logsnr = problem
+    alpha, sigma = VariancePreserving()(logsnr)
+    x = marginal(VariancePreserving(), x0, eps, logsnr)
+    x0_hat = x0_from(EpsResidual(), x, wrong, alpha, sigma)
+    eps_hat = (x - alpha[:, None] * x0_hat) / sigma[:, None]
+    torch.testing.assert_close(eps_hat, wrong + x, rtol=1e-9, atol=1e-9)
 
 
 def test_v_in_its_own_words(problem):

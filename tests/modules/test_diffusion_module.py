@@ -1,9 +1,13 @@
 import pytest
 import torch
-from tiny_training import BATCH, assert_equal, everything, fit, make_module
+from tiny_training import BATCH, CLASSES, assert_equal, everything, fit, make_module
 
 from diffusion_lab.callbacks.base import StepCallback
-from diffusion_lab.modules import LinearDecay, NonFiniteLoss, RunError
+from diffusion_lab.denoisers import NetworkDenoiser, V
+from diffusion_lab.modules import DiffusionModule, LinearDecay, NonFiniteLoss, RunError
+from diffusion_lab.networks import EDM2
+from diffusion_lab.networks.magnitude_preserving import magnitude_preserving
+from diffusion_lab.process import VariancePreserving
 
 
 def test_the_clock_counts_images_and_stops_the_run(tmp_path):
@@ -140,3 +144,30 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "x.ckpt")
     with pytest.raises(RunError, match="images_seen"):
         fit(tmp_path, 80, resume=tmp_path / "x.ckpt")
+
+
+def test_magnitude_preserving_weights_are_put_back_after_each_step(tmp_path):
+    network = EDM2(
+        in_channels=1,
+        size=4,
+        channels=8,
+        multipliers=(1,),
+        blocks=1,
+        attention=(),
+        head_channels=8,
+        num_classes=CLASSES,
+    )
+    module = make_module()
+    denoiser = NetworkDenoiser(network=network, interpolant=VariancePreserving(), prediction=V())
+    module = DiffusionModule(
+        denoiser=denoiser,
+        loss=module.loss,
+        optimizer=module.optimizer_factory,
+        seed=0,
+        global_batch_size=BATCH,
+    )
+    before = [layer.weight.clone() for layer in magnitude_preserving(network)]
+    fit(tmp_path, 3 * BATCH, module=module)
+    for was, layer in zip(before, magnitude_preserving(network), strict=True):
+        torch.testing.assert_close(layer.weight, layer.unit_weight(), rtol=1e-3, atol=0)
+        assert not torch.allclose(layer.weight, was)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusion_lab.networks import MLP, UNet
+from diffusion_lab.forward_mode import jvp
+from diffusion_lab.networks import EDM2, MLP, DiT, MMDiT, ResidualUViT, UNet, UViT, VDMUNet
 from diffusion_lab.networks import layers as layers_module
 from diffusion_lab.networks.embeddings import LabelEmbedding, LogSNREmbedding
 from diffusion_lab.networks.mlp import PerceptronBlock
@@ -37,8 +38,17 @@ def inputs(batch=4, shape=(1, 8, 8)):
     )
 
 
+U = dict(in_channels=1, size=8, channels=16, multipliers=(1, 2), head_channels=16, num_classes=3)
+UVITS = dict(**U, patch=1, blocks=(1, 2), embedding=32)
+TOKENS = dict(in_channels=1, size=8, patch=2, width=16, depth=2, heads=2, num_classes=3)
 NETWORKS = {
     "unet": (unet, (1, 8, 8)),
+    "edm2": (lambda **o: EDM2(**{**U, "blocks": 1, "attention": (4,), **o}), (1, 8, 8)),
+    "uvit": (lambda **o: UViT(**{**UVITS, **o}), (1, 8, 8)),
+    "residual_uvit": (lambda **o: ResidualUViT(**{**UVITS, **o}), (1, 8, 8)),
+    "vdm": (lambda **o: VDMUNet(in_channels=1, channels=16, blocks=1, num_classes=3, **o), (1, 8, 8)),
+    "dit": (lambda **o: DiT(**{**TOKENS, **o}), (1, 8, 8)),
+    "mmdit": (lambda **o: MMDiT(**{**TOKENS, "token_width": 6, **o}), (1, 8, 8)),
     "mlp": (lambda **o: MLP(dim=2, width=16, depth=2, num_classes=3, **o), (2,)),
 }
 each = pytest.mark.parametrize(("make", "shape"), NETWORKS.values(), ids=NETWORKS.keys())
@@ -251,7 +261,10 @@ def test_perceptron_block_is_what_its_docstring_says():
     torch.testing.assert_close(block(h, embedding), expected, rtol=1e-10, atol=1e-12)
 
 
-@each
+# EDM2 has its own sum and its own activation: see test_edm2.py
+@pytest.mark.parametrize(
+    ("make", "shape"), [pytest.param(*n, id=name) for name, n in NETWORKS.items() if name != "edm2"]
+)
 def test_every_modulation_sees_the_embedding_through_its_activation(make, shape):
     network, seen = awake(make()), []
     for name, module in network.named_modules():
@@ -286,8 +299,86 @@ def test_null_label_is_the_last_row():
     assert torch.equal(embedding({"text": torch.zeros(2)}, 2), embedding(None, 2))
 
 
-def test_names_do_not_change_under_compile():
-    network = unet()
+@each
+def test_forward_mode_is_the_derivative(make, shape):
+    network = awake(make()).double().requires_grad_(False)
+    x, logsnr, cond = inputs(shape=shape)
+    x, logsnr = x.double(), logsnr.double()
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    value, slope = jvp(lambda z: network(z, logsnr, cond), (x,), (tangent,))
+    torch.testing.assert_close(value, network(x, logsnr, cond), rtol=1e-9, atol=1e-10)
+    h = 1e-6
+    up, down = (network(x + s * h * tangent, logsnr, cond) for s in (1, -1))
+    torch.testing.assert_close(slope, (up - down) / (2 * h), rtol=1e-4, atol=1e-4 * float(slope.abs().max()))
+
+
+IMAGES = pytest.mark.parametrize(
+    "make",
+    [n[0] for n in NETWORKS.values() if len(n[1]) == 3],
+    ids=[k for k, n in NETWORKS.items() if len(n[1]) == 3],
+)
+
+
+@IMAGES
+def test_a_noise_level_per_pixel_is_heard_where_it_is(make):
+    network = awake(make()).double()
+    x, logsnr, cond = inputs()
+    x, logsnr = x.double(), logsnr.double()
+    flat = logsnr[:, None, None, None].expand(4, 1, 8, 8)
+    told = network(x, logsnr, cond)
+    torch.testing.assert_close(network(x, flat, cond), told, rtol=1e-9, atol=1e-10)
+    left, right = flat.clone(), flat.clone()
+    left[..., :4] += 3.0
+    right[..., 4:] += 3.0
+    mixed = network(x, left, cond)
+    assert not torch.allclose(mixed, network(x, right, cond)), "the same levels in other places"
+    assert not torch.allclose(mixed, told) and not torch.allclose(mixed, network(x, logsnr + 3, cond))
+
+
+@IMAGES
+def test_checkpointing_changes_no_gradient(make):
+    x, logsnr, cond = inputs()
+    gradients = []
+    for checkpointing in (False, True):
+        network = awake(make(checkpointing=checkpointing)).double().train()
+        network(x.double(), logsnr.double(), cond).square().sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert plain is not None and torch.equal(plain, again)
+
+
+@IMAGES
+def test_a_black_image_and_a_missing_scalar_are_not_given(make):
+    network = awake(make(image_channels=2, scalars=("angle",))).double()
+    x, logsnr, cond = inputs()
+    x, logsnr = x.double(), logsnr.double()
+    plain = network(x, logsnr, cond)
+    image = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    angle = torch.tensor([0.3, -1.0, 2.0, math.nan], dtype=torch.float64)
+    assert not torch.allclose(network(x, logsnr, {**cond, "image": image}), plain)
+    assert torch.equal(network(x, logsnr, {**cond, "image": 0 * image}), plain)
+    told = network(x, logsnr, {**cond, "angle": angle})
+    assert torch.equal(told[3], plain[3]) and not torch.allclose(told[:3], plain[:3])
+
+
+@pytest.mark.parametrize("name", [k for k, n in NETWORKS.items() if len(n[1]) == 3 and k != "edm2"])
+def test_text_is_attended_to_and_masked_words_are_not_there(name):
+    network = awake(NETWORKS[name][0](token_width=6)).double()
+    x, logsnr, _ = inputs()
+    x, logsnr = x.double(), logsnr.double()
+    text = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 0, 0]] * 3 + [[0] * 5], dtype=torch.bool)
+    masked = network(x, logsnr, {"text": text, "text_mask": mask})
+    assert not torch.allclose(network(x, logsnr, {"text": text}), masked)
+    torch.testing.assert_close(
+        masked[:3], network(x, logsnr, {"text": text[:, :2]})[:3], rtol=1e-9, atol=1e-10
+    )
+    torch.testing.assert_close(masked[3], network(x, logsnr, None)[3], rtol=1e-9, atol=1e-10)
+
+
+@each
+def test_names_do_not_change_under_compile(make, shape):
+    network = make()
     before = list(network.state_dict())
     network.compile()
     assert list(network.state_dict()) == before

@@ -149,7 +149,7 @@ class InterpolatedCosine:
     def __post_init__(self) -> None:
         if self.low > self.high:
             raise ValueError(f"InterpolatedCosine needs low <= high, got {self.low} and {self.high}")
-        u = torch.linspace(0.0, 1.0, 2001, dtype=torch.float64)[1:-1]
+        u = torch.linspace(0.0, 1.0, 2001, dtype=torch.float64, device="cpu")[1:-1]
         if not bool(torch.all(self._slope(u) < 0)):
             raise ValueError(
                 f"references {self.low} and {self.high} are too far apart: the schedule would rise somewhere"
