@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _ONE_AT_A_TIME = threading.RLock()
+_DEPTH = 0
 
 
 def jvp(
@@ -27,11 +28,22 @@ def jvp(
         primals: Where.
         tangents: Along what; shapes and types of `primals`.
     """
+    global _DEPTH
     with _ONE_AT_A_TIME:
-        value, derivative = torch.func.jvp(function, primals, tangents)  # type: ignore[misc]
+        _DEPTH += 1
+        try:
+            value, derivative = torch.func.jvp(function, primals, tangents)  # type: ignore[misc]
+        finally:
+            _DEPTH -= 1
     return value, derivative
 
 
 def is_dual(x: Any) -> bool:
-    """Whether a tensor is being differentiated by `jvp` (or another transform of torch.func)."""
+    """Whether a tensor is being differentiated by `jvp` (or another transform of torch.func).
+
+    In what `torch.compile` traces it is whether any thread is inside `jvp`: to ask the tensor would cut the graph at
+    every layer that asks, and the plainer way is right for all tensors.
+    """
+    if torch.compiler.is_compiling():
+        return _DEPTH > 0
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))

@@ -33,7 +33,10 @@ from diffusion_lab.guidance.autoguidance import AutoGuidance
 from diffusion_lab.guidance.interval import EVERYWHERE
 from diffusion_lab.networks.layers import AttentionBlock, ResidualBlock
 from diffusion_lab.networks.mlp import PerceptronBlock
+from diffusion_lab.networks.mmdit import MMDiTBlock
+from diffusion_lab.networks.transformer import DiTBlock
 from diffusion_lab.networks.unet import Stage
+from diffusion_lab.networks.vit_blocks import TransformerBlock
 from diffusion_lab.samplers.counting import BlankDenoiser, CountingDenoiser
 from diffusion_lab.typing import Cond, DenoiserFn, conditional_of
 
@@ -129,7 +132,8 @@ def _keeps_shape(module: nn.Module) -> bool | None:
         return _keeps_shape(module.block)
     if isinstance(module, ResidualBlock):
         return module.change == "none" and isinstance(module.skip, nn.Identity)
-    return True if isinstance(module, AttentionBlock | PerceptronBlock) else None
+    keeping = AttentionBlock | PerceptronBlock | DiTBlock | MMDiTBlock | TransformerBlock
+    return True if isinstance(module, keeping) else None
 
 
 class _Skip:

@@ -3,7 +3,8 @@ r"""DiT: a transformer over patches, and the frame that it shares with MM-DiT.
     patches -> linear + position -> blocks -> (1 + scale) norm(h) + shift -> linear -> pixels
 
 Positions are fixed: half of the channels tell the row, half the column, each by sines and cosines of N^(-k) times the
-place. The last linear layer and all modulations are zero at initialisation.
+place. The last linear layer and all modulations are zero at initialisation; the blocks' other layers, and what makes
+tokens of patches, start as published (`xavier`).
 
 Sizes in the literature (width, depth, heads): S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152, 28, 16, with
 patches of 2, 4 or 8. SiT has the same networks.
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from diffusion_lab.networks.conditioning import Conditioning
 from diffusion_lab.networks.layers import Tokens, run, zero_init
-from diffusion_lab.networks.transformer import DiTBlock, modulated, told
+from diffusion_lab.networks.transformer import DiTBlock, modulated, told, xavier
 from diffusion_lab.typing import Cond
 
 FEATURES = 256
@@ -94,7 +95,7 @@ class PatchTransformer(nn.Module, ABC):
             token_width=token_width,
             image_channels=image_channels,
         )
-        self.patch_in = nn.Conv2d(in_channels + image_channels, width, patch, stride=patch)
+        self.patch_in = xavier(nn.Conv2d(in_channels + image_channels, width, patch, stride=patch))
         self.register_buffer("place", positions(width, self.side), persistent=False)
         self.modulation = zero_init(nn.Linear(width, 2 * width))
         self.linear_out = zero_init(nn.Linear(width, patch**2 * (out_channels or in_channels)))
@@ -112,14 +113,20 @@ class PatchTransformer(nn.Module, ABC):
             cond: See `Conditioning`.
 
         Raises:
-            ValueError: If a condition is out of range, of a wrong shape, or unknown.
+            ValueError: If the images have another side, or a condition is out of range, of a wrong shape, or unknown.
         """
+        if x.shape[2:] != (self.side * self.patch,) * 2:
+            raise ValueError(
+                f"{type(self).__name__} is built for images of side {self.side * self.patch}, got {tuple(x.shape)}"
+            )
         self.conditioning.check(cond, type(self).__name__)
         embedding = self.conditioning(logsnr, cond, x.shape[0])
         if embedding.ndim == 4:
             embedding = F.adaptive_avg_pool2d(embedding, (self.side, self.side)).flatten(2).transpose(1, 2)
         tokens = self.conditioning.tokens(cond, x.shape[0])
-        h = self.patch_in(self.conditioning.with_image(x, cond)).flatten(2).transpose(1, 2) + self.place
+        h = self.patch_in(self.conditioning.with_image(x, cond)).flatten(2).transpose(1, 2)
+        # channels innermost: a residual stream in any other order would be copied by every norm
+        h = h.contiguous() + self.place
         h = self.transform(h, embedding, tokens)
         assert isinstance(self.modulation, nn.Linear)
         out = self.linear_out(modulated(h, *told(self.modulation, embedding, 2)))

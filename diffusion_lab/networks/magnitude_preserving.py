@@ -46,7 +46,7 @@ EPS = 1e-4
 def unit(x: Tensor, dim: int | Sequence[int]) -> Tensor:
     """Return `x` divided by its root mean square over `dim`, which is taken in float32 or better."""
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
-    count = math.prod(x.shape[d] for d in dims)
+    count = math.prod([x.shape[d] for d in dims])
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     rms = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide) / math.sqrt(count)
     return x / (rms + EPS).to(x.dtype)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from diffusion_lab.networks.dit import PatchTransformer
 from diffusion_lab.networks.layers import Tokens, attention, run, zero_init
-from diffusion_lab.networks.transformer import MLP, Heads, modulated, told
+from diffusion_lab.networks.transformer import MLP, Heads, modulated, told, xavier
 
 
 class Stream(nn.Module):
@@ -46,7 +46,7 @@ class Stream(nn.Module):
         self.attend = Heads(width=width, heads=heads, qk_norm=qk_norm)
         if last:
             self.attend.norm_q = nn.Identity()  # nobody asks for what these tokens attend to
-        self.out = None if last else nn.Linear(width, width)
+        self.out = None if last else xavier(nn.Linear(width, width))
         self.mlp = None if last else MLP(width=width, ratio=mlp_ratio, dropout=0.0)
 
     def begin(self, h: Tensor, embedding: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -97,16 +97,16 @@ class MMDiTBlock(nn.Module):
             width=width, heads=heads, embedding=embedding, mlp_ratio=mlp_ratio, qk_norm=qk_norm, last=last
         )
 
-    def forward(self, h: Tensor, text: Tensor, there: Tensor, embedding: Tensor) -> Tensor:
-        """Map both streams, behind each other, `(B, N + L, C)` to the same shape.
+    def forward(self, both: Tensor, there: Tensor, embedding: Tensor) -> Tensor:
+        """Map both streams to the same shape.
 
         Args:
-            h: Image tokens `(B, N, C)`.
-            text: Text tokens `(B, L, C)`.
+            both: Image tokens and behind them text tokens, `(B, N + L, C)`.
             there: Which text tokens are there, `(B, L)` bool.
             embedding: `(B, E)`; with an embedding a token, `(B, N, E)`, the text hears their mean.
         """
-        N = h.shape[1]
+        N = both.shape[1] - there.shape[1]
+        h, text = both[:, :N], both[:, N:]
         image, image_rest = self.image.begin(h, embedding)
         words, text_rest = self.text.begin(text, embedding if embedding.ndim == 2 else embedding.mean(1))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(image, words, strict=True))
@@ -192,5 +192,5 @@ class MMDiT(PatchTransformer):
         N, there = h.shape[1], tokens[1]
         both = torch.cat([h, self.text_in(tokens[0])], dim=1)
         for block in self.blocks:
-            both = run(block, both[:, :N], both[:, N:], there, embedding, checkpointing=self.checkpointing)
+            both = run(block, both, there, embedding, checkpointing=self.checkpointing)
         return both[:, :N]

@@ -16,11 +16,23 @@ References:
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion_lab.networks.layers import CrossAttentionBlock, Tokens, attention, zero_init
+
+M = TypeVar("M", nn.Linear, nn.Conv2d)
+
+
+def xavier(module: M) -> M:
+    """Initialise as published, weights uniform of variance 2 / (inputs + outputs), no bias, and return `module`."""
+    nn.init.xavier_uniform_(module.weight.data.flatten(1))
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
 
 
 def modulated(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -57,7 +69,7 @@ class Heads(nn.Module):
         if width % heads:
             raise ValueError(f"heads={heads} does not divide the width {width} of a transformer block")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = xavier(nn.Linear(width, 3 * width))
         self.norm_q: nn.Module = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.norm_k: nn.Module = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
 
@@ -79,7 +91,10 @@ class MLP(nn.Sequential):
     def __init__(self, *, width: int, ratio: float, dropout: float) -> None:
         inner = round(ratio * width)
         super().__init__(
-            nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Dropout(dropout), nn.Linear(inner, width)
+            xavier(nn.Linear(width, inner)),
+            nn.GELU(approximate="tanh"),
+            nn.Dropout(dropout),
+            xavier(nn.Linear(inner, width)),
         )
 
 
@@ -113,7 +128,7 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.modulation = zero_init(nn.Linear(embedding, 6 * width))
         self.attend = Heads(width=width, heads=heads, qk_norm=qk_norm)
-        self.out = nn.Linear(width, width)
+        self.out = xavier(nn.Linear(width, width))
         self.cross = (
             CrossAttentionBlock(channels=width, head_channels=width // heads, token_width=token_width)
             if token_width

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -51,8 +52,41 @@ def test_block_is_what_its_docstring_says():
         inner = F.gelu(stream.mlp[0]((1 + k2) * norm(tokens) + s2), approximate="tanh")
         expected.append(tokens + g2 * stream.mlp[3](inner))
     torch.testing.assert_close(
-        block(h, text, there, embedding), torch.cat(expected, 1), rtol=1e-10, atol=1e-12
+        block(torch.cat([h, text], 1), there, embedding), torch.cat(expected, 1), rtol=1e-10, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_block_is_that_of_diffusers(last):
+    attention = pytest.importorskip("diffusers.models.attention")
+    theirs = awake(
+        attention.JointTransformerBlock(
+            dim=C, num_attention_heads=HEADS, attention_head_dim=C // HEADS, context_pre_only=last
+        )
+    ).double()
+    block = MMDiTBlock(width=C, heads=HEADS, embedding=C, qk_norm=False, last=last).double()
+    a = theirs.attn
+    with torch.no_grad():
+        for part in ("weight", "bias"):
+            for stream, made in ((block.image, (a.to_q, a.to_k, a.to_v)),
+                                 (block.text, (a.add_q_proj, a.add_k_proj, a.add_v_proj))):  # fmt: skip
+                getattr(stream.attend.qkv, part).copy_(torch.cat([getattr(m, part) for m in made]))
+            told = getattr(theirs.norm1_context.linear, part)
+            # where their text ends, scale comes before shift
+            told = torch.cat(told.chunk(2)[::-1]) if last else told
+            getattr(block.text.modulation, part).copy_(told)
+    block.image.modulation.load_state_dict(theirs.norm1.linear.state_dict())
+    pairs = [(block.image, a.to_out[0], theirs.ff)]
+    for stream, out, ff in pairs if last else [*pairs, (block.text, a.to_add_out, theirs.ff_context)]:
+        stream.out.load_state_dict(out.state_dict())
+        stream.mlp[0].load_state_dict(ff.net[0].proj.state_dict())
+        stream.mlp[3].load_state_dict(ff.net[2].state_dict())
+    h, text, embedding = randn(2, N, C), randn(2, L, C), randn(2, C)
+    there = torch.ones(2, L, dtype=torch.bool)
+    words, image = theirs(hidden_states=h, encoder_hidden_states=text, temb=embedding)
+    ours = block(torch.cat([h, text], 1), there, F.silu(embedding))
+    expected = torch.cat([image, text if last else words], 1)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_without_text_it_is_a_block_of_dit():
@@ -61,8 +95,18 @@ def test_without_text_it_is_a_block_of_dit():
     alone.load_state_dict(block.image.state_dict())
     h, embedding = randn(2, N, C), randn(2, 8)
     nothing = torch.zeros(2, L, dtype=torch.bool)
-    out = block(h, randn(2, L, C), nothing, embedding)[:, :N]
+    out = block(torch.cat([h, randn(2, L, C)], 1), nothing, embedding)[:, :N]
     torch.testing.assert_close(out, alone(h, embedding), rtol=1e-10, atol=1e-12)
+
+
+def test_block_knows_no_order_of_patches_and_text_hears_their_mean_level():
+    block, order = make(), torch.tensor([3, 0, 4, 1, 2])
+    h, text, embedding = randn(2, N, C), randn(2, L, C), randn(2, N, 8)
+    there = torch.ones(2, L, dtype=torch.bool)
+    out = block(torch.cat([h, text], 1), there, embedding)
+    image, words = block(torch.cat([h[:, order], text], 1), there, embedding[:, order]).split([N, L], dim=1)
+    torch.testing.assert_close(image, out[:, :N][:, order], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(words, out[:, N:], rtol=1e-10, atol=1e-12)
 
 
 def test_the_last_block_hands_text_on_as_it_is():
@@ -71,7 +115,7 @@ def test_the_last_block_hands_text_on_as_it_is():
         name.startswith("text.mlp") for name, _ in block.named_parameters()
     )
     h, text, there = randn(2, N, C), randn(2, L, C), torch.ones(2, L, dtype=torch.bool)
-    out = block(h, text, there, randn(2, 8))
+    out = block(torch.cat([h, text], 1), there, randn(2, 8))
     assert torch.equal(out[:, N:], text) and not torch.allclose(out[:, :N], h)
 
 

@@ -382,3 +382,20 @@ def test_names_do_not_change_under_compile(make, shape):
     before = list(network.state_dict())
     network.compile()
     assert list(network.state_dict()) == before
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_compiled_network_is_one_graph_and_can_still_be_differentiated_forward(name):
+    make, shape = NETWORKS[name]
+    network = awake(make()).double().requires_grad_(False)
+    x, logsnr, _ = inputs(shape=shape)
+    x, logsnr, along = x.double(), logsnr.double(), torch.ones(4, *shape, dtype=torch.float64)
+    expected = jvp(lambda z: network(z, logsnr, None), (x,), (along,))
+    try:
+        one = torch.compile(network, backend="eager", fullgraph=True)
+        torch.testing.assert_close(one(x, logsnr, None), network(x, logsnr, None), rtol=1e-9, atol=1e-10)
+        network.compile(backend="eager")
+        for got, plain in zip(jvp(lambda z: network(z, logsnr, None), (x,), (along,)), expected, strict=True):
+            torch.testing.assert_close(got, plain, rtol=1e-9, atol=1e-10)
+    finally:
+        torch._dynamo.reset()
