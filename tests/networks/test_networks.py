@@ -384,7 +384,10 @@ def test_names_do_not_change_under_compile(make, shape):
     assert list(network.state_dict()) == before
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+# tracing takes seconds, so the default run has one of them
+@pytest.mark.parametrize(
+    "name", [name if name == "dit" else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+)
 def test_a_compiled_network_is_one_graph_and_can_still_be_differentiated_forward(name):
     make, shape = NETWORKS[name]
     network = awake(make()).double().requires_grad_(False)
