@@ -3,12 +3,14 @@
     weighting     sigmoid, v and eps weighting, all else equal: Fréchet distance
     prediction    v and eps prediction under the same loss: Fréchet distance of few DDIM steps
     adaptive      the adaptive schedule and two fixed ones: images until the same loss
-    resolution    digits of 16 and 32 pixels, the cosine schedule and its shift: Fréchet distance
+    resolution    digits of 16 and 32 pixels, the cosine schedule and its shift: Fréchet distance. Larger digits repeat
+                  pixels and are averaged back to be scored: what the shift is for, and blind to detail
     posthoc       widths of the average made after training, beside the tracked ones: Fréchet distance
-    vdm           the bound under four schedules of the same ends, one of them learnt: mean and variance
+    vdm           the bound of one trained model under four schedules of the same ends, one of them learnt: mean, variance
 
     python benchmarks/objectives.py weighting prediction adaptive resolution posthoc vdm [--runs runs/benchmarks]
 
+The recipe around the contenders is the quickstart's, which was tuned with sigmoid weighting and v prediction.
 Digits, three seeds; a seed trains its own models, each in under four minutes on a core, and draws its own samples.
 Models that are trained and figures that are known are kept below --runs: a script that was stopped goes on. Results:
 benchmarks/results/objectives_<part>.json, docs/claims.md.
@@ -161,7 +163,7 @@ def evaluated_loss(loaded: Loaded) -> float:
 
 
 def adaptive(runs: Path, seed: int) -> dict[str, float]:
-    """Images that each schedule needs to reach the loss that the slowest ends with."""
+    """Images that each schedule needs to reach the least loss that all of them reach."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for name in ("adaptive", "cosine", "uniform"):
         folder, curve = trained(runs, name, seed), []

@@ -86,7 +86,9 @@ class EMASnapshots(StepCallback):
         module.guard.flush()
         if trainer.is_global_zero and self._source is not None:
             with paused(module):
-                self._thin_out(interval, module.global_batch_size)
+                if interval > self.every_images:
+                    # only what doubling made too many: a run resumed with a longer interval keeps what it has
+                    self._thin_out(interval, module.global_batch_size)
                 for name, average in self._source.averages.items():
                     if isinstance(average.profile, PowerFunction):
                         self._write(name, average, average.profile.sigma_rel, module.images_seen)

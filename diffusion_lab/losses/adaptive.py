@@ -54,6 +54,7 @@ class AdaptiveDenoisingLoss(DenoisingLoss):
     """
 
     schedule: AdaptiveSchedule
+    adapts = True
 
     def __init__(
         self, *, schedule: AdaptiveSchedule, weighting: Weighting, label_dropout: float = 0.0

@@ -17,6 +17,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from diffusion_lab.losses.noise_levels import NoiseLevels
 from diffusion_lab.losses.weightings import Weighting
 from diffusion_lab.process.gaussian import marginal
 from diffusion_lab.process.schedules import Schedule
+from diffusion_lab.process.schedules.adaptive import AdaptiveSchedule
+from diffusion_lab.process.schedules.learned import LearnedCurve
 from diffusion_lab.rng import StepRNG
 from diffusion_lab.typing import Cond, DenoiserFn
 
@@ -111,13 +114,26 @@ class DenoisingLoss(nn.Module):
         label_dropout: Probability of hiding an example's label.
 
     Raises:
-        ValueError: If `label_dropout` is outside [0, 1].
+        ValueError: If `label_dropout` is outside [0, 1], or the schedule, or that of the weighting, learns or adapts:
+            this loss would teach the one to make the loss small, and the other nothing.
     """
+
+    adapts: ClassVar[bool] = False
+    """Whether the loss moves an adaptive schedule."""
 
     def __init__(self, *, schedule: Schedule, weighting: Weighting, label_dropout: float = 0.0) -> None:
         super().__init__()
         if not 0.0 <= label_dropout <= 1.0:
             raise ValueError(f"label_dropout must be in [0, 1], got {label_dropout}")
+        for given in (schedule, getattr(weighting, "schedule", None)):
+            if isinstance(given, LearnedCurve):
+                raise ValueError(
+                    f"{type(given).__name__} learns from the variational bound alone: method=vdm"
+                )
+            if isinstance(given, AdaptiveSchedule) and not self.adapts:
+                raise ValueError(
+                    f"{type(self).__name__} would leave an adaptive schedule where it is: method=adaptive"
+                )
         self.schedule, self.weighting, self.label_dropout = schedule, weighting, label_dropout
         self.noise_levels = NoiseLevels(schedule=schedule)
 

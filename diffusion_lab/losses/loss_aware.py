@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion_lab.losses.adaptive import Adaptive
 from diffusion_lab.losses.denoising import DenoisingLoss, LossTerms
 from diffusion_lab.rng import StepRNG
 from diffusion_lab.typing import Cond, DenoiserFn
@@ -54,7 +55,7 @@ class LossAware(nn.Module):
         uniform_share: Probability that is spread evenly, in (0, 1].
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or `loss` adapts itself.
     """
 
     history: Tensor
@@ -69,6 +70,8 @@ class LossAware(nn.Module):
                 "LossAware needs bins >= 1, history >= 1 and 0 < uniform_share <= 1, got "
                 f"{bins}, {history} and {uniform_share}"
             )
+        if isinstance(loss, Adaptive):
+            raise ValueError(f"LossAware would keep {type(loss).__name__} from adapting")
         self.loss, self.bins, self.uniform_share = loss, bins, uniform_share
         self.register_buffer("history", torch.zeros(bins, history, dtype=torch.float64))
         self.register_buffer("count", torch.zeros(bins, dtype=torch.int64))

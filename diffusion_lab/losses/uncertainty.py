@@ -27,6 +27,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.losses.adaptive import Adaptive
 from diffusion_lab.losses.denoising import DenoisingLoss, LossTerms
 from diffusion_lab.losses.loss_aware import LossAware
 from diffusion_lab.rng import StepRNG
@@ -74,13 +75,16 @@ class UncertaintyLoss(nn.Module):
         features: Fourier features of the uncertainty.
 
     Raises:
-        ValueError: If `loss` is a `LossAware`, whose losses carry importance weights that u would learn.
+        ValueError: If `loss` is a `LossAware`, whose losses carry importance weights that u would learn, or another
+            that adapts, which would not get to.
     """
 
     def __init__(self, *, loss: DenoisingLoss, features: int = 128) -> None:
         super().__init__()
         if isinstance(loss, LossAware):
             raise ValueError("UncertaintyLoss takes a loss without importance weights, not LossAware")
+        if isinstance(loss, Adaptive):
+            raise ValueError(f"UncertaintyLoss would keep {type(loss).__name__} from adapting")
         self.loss = loss
         self.uncertainty = LogUncertainty(features=features)
 

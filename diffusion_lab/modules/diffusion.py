@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
-from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -36,7 +35,7 @@ from diffusion_lab.modules.learning_rate import Constant, LRSchedule
 from diffusion_lab.modules.ranks import sum_over_ranks
 from diffusion_lab.networks.magnitude_preserving import magnitude_preserving, normalize_weights
 from diffusion_lab.rng import StepRNG, derive_seed
-from diffusion_lab.typing import DenoiserFn
+from diffusion_lab.typing import Cond, DenoiserFn
 
 
 def seed_global(seed: int, device: torch.device) -> None:
@@ -50,7 +49,7 @@ def seed_global(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 
 class DiffusionModule(pl.LightningModule):
@@ -112,6 +111,7 @@ class DiffusionModule(pl.LightningModule):
         self.terms: list[LossTerms] = []
         self.paused_s = 0.0
         self._micro = 0
+        self._begun = False
         self._base_lr: list[float] = []
         self._magnitude_preserving = magnitude_preserving(denoiser)
 
@@ -129,9 +129,15 @@ class DiffusionModule(pl.LightningModule):
         """Learning rate of the first parameter group before the schedule's factor."""
         return self._base_lr[0]
 
-    def parameters_to_train(self) -> list[nn.Parameter]:
-        """Parameters handed to the optimizer, in a fixed order."""
-        return [p for p in chain(self.denoiser.parameters(), self.loss.parameters()) if p.requires_grad]
+    def parameters_to_train(self) -> list[dict[str, Any]]:
+        """Parameters handed to the optimizer, in groups and a fixed order; those of the loss do not decay.
+
+        A schedule's end points, or an uncertainty, have no reason to be drawn towards zero.
+        """
+        network, own = (
+            [p for p in part.parameters() if p.requires_grad] for part in (self.denoiser, self.loss)
+        )
+        return [{"params": network}, *([{"params": own, "weight_decay": 0.0}] if own else [])]
 
     # ---- Lightning: before training ----------------------------------------------------------------------------------
 
@@ -189,10 +195,21 @@ class DiffusionModule(pl.LightningModule):
             seed=self.seed, step=step, positions=rows, total=self.global_batch_size, device=x0.device
         )
         cond = {name: value for name, value in batch.items() if name != "x0"} or None
-        terms: LossTerms = self.loss(self.denoiser, x0, cond, rng)
+        terms = self._loss(x0, cond, rng)
         values = {field.name: getattr(terms, field.name) for field in fields(terms)}
         self.terms.append(replace(terms, **{name: value.detach() for name, value in values.items()}))
         return terms.total
+
+    def _loss(self, x0: Tensor, cond: Cond | None, rng: StepRNG) -> LossTerms:
+        """The losses of a micro-batch; what does not fit together shows in a run's first, and is told in a line."""
+        first, self._begun = not self._begun, True
+        try:
+            terms: LossTerms = self.loss(self.denoiser, x0, cond, rng)
+        except ValueError as error:
+            if first:
+                raise RunError(str(error)) from error
+            raise
+        return terms
 
     def step_loss(self) -> Tensor:
         """Mean loss of the current step on this process, 0-d, still on its device."""

@@ -40,13 +40,17 @@ def zero_init(module: nn.Module) -> nn.Module:
 class GroupNorm(nn.GroupNorm):
     """Group norm that can also be differentiated in forward mode where images are kept in channels-last order.
 
-    torch's rule for that derivative views its input in the usual order of memory, and raises on any other. Samplers
-    that take a JVP of the network need it; nobody else pays for the copy.
+    torch's rule for that derivative views its input in the usual order of memory, and raises on any other; under
+    autocast it also mixes types. Samplers that take a JVP of the network need it; nobody else pays for the copy.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `(B, C, *)`."""
-        return super().forward(x.contiguous() if is_dual(x) else x)
+        if is_dual(x):
+            x = x.contiguous()
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.float()
+        return super().forward(x)
 
 
 def group_norm(channels: int) -> GroupNorm:

@@ -116,6 +116,10 @@ class UNet(nn.Module):
         counts = [blocks] * len(sides) if isinstance(blocks, int) else list(blocks)
         if len(counts) != len(sides):
             raise ValueError(f"blocks has {len(counts)} numbers, but there are {len(sides)} levels")
+        if token_width and not attention and not middle_attention:
+            raise ValueError(
+                "text is attended to where pixels are, and this network has no attention: attention=[...]"
+            )
         width = 4 * channels
         self.checkpointing = checkpointing
         self.conditioning = Conditioning(

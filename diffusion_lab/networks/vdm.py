@@ -3,11 +3,12 @@ r"""VDM's U-Net: for likelihood, all of it at full resolution, and with eyes for
     x -> [x, sin(2^n π x), cos(2^n π x)] -> conv -> blocks -> block, attention, block -> blocks -> norm, conv -> F
                                               |______ one skip connection for every block, concatenated ______|
 
-8-bit data in [-1, 1] have levels 2^-7 apart, so with n in {7, 8} the phase 2^n π x turns by half a turn and by a whole
-one between neighbours: at low noise the features show which level a pixel has, which a convolution of x cannot. For
-that they must be features of data in their own scale. The network sees c_in x (`NetworkDenoiser`), which is the
-variance-preserving process's x itself where sigma_data = 1, and about x0 at low noise, in every interpolant. With any
-other sigma_data the frequencies would mean something else.
+VDM's 8-bit data have their levels 2^-7 apart, at 2 (k + 1/2) / 256 - 1, so with n in {7, 8} the phase 2^n π x turns by
+half a turn and by a whole one between neighbours: at low noise the features show which level a pixel has, which a
+convolution of x cannot. For that they must be features of data in their own scale. The network sees c_in x
+(`NetworkDenoiser`), which is the variance-preserving process's x itself where sigma_data = 1, and about x0 at low
+noise, in every interpolant; with any other sigma_data the frequencies would mean something else. This library's bytes
+lie at 2 k / 255 - 1, which 255/256 of x puts where VDM's lie.
 
 The published network returns F + x as its estimate of eps. That is a prediction type, not a matter of the network,
 which like all of ours is zero at initialisation: F stands for eps - c_in x = (1 - sigma) eps - alpha x0 in the
@@ -41,6 +42,9 @@ from diffusion_lab.networks.layers import (
 )
 from diffusion_lab.networks.unet import Stage
 from diffusion_lab.typing import Cond
+
+BYTES = 255.0 / 256.0
+"""From this library's bytes, 2 k / 255 - 1, to VDM's, 2 (k + 1/2) / 256 - 1, for which the frequencies are made."""
 
 
 def fourier_features(x: Tensor, exponents: Sequence[int]) -> Tensor:
@@ -131,7 +135,7 @@ class VDMUNet(nn.Module):
         embedding = self.conditioning(logsnr, cond, x.shape[0])
         tokens = self.conditioning.tokens(cond, x.shape[0])
         if self.fourier:
-            x = torch.cat([x, fourier_features(x, self.fourier)], dim=1)
+            x = torch.cat([x, fourier_features(BYTES * x, self.fourier)], dim=1)
         x = self.conditioning.with_image(x, cond)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]

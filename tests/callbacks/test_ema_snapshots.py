@@ -183,3 +183,11 @@ def test_damaged_files_are_told_and_others_passed_over(tmp_path):
     found, damaged = list_snapshots(tmp_path)
     assert [item.images_seen for item in found] == [8]
     assert len(damaged) == 1 and "p-0000000016.safetensors is damaged" in damaged[0]
+
+
+def test_a_longer_interval_on_resuming_takes_nothing_away(tmp_path):
+    fit(tmp_path, 10 * BATCH, extra=[snapshots(tmp_path)])
+    newest, _ = find_resumable(tmp_path / "checkpoints")
+    # the next moment is 96 images, at which neither 24, 48 nor 72 would be due
+    fit(tmp_path, 13 * BATCH, extra=[snapshots(tmp_path, every_images=96)], resume=newest)
+    assert times(tmp_path) == [24, 48, 72, 96]

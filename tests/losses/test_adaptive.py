@@ -8,9 +8,13 @@ import torch
 from diffusion_lab.denoisers import GaussianDenoiser
 from diffusion_lab.losses import ELBO, DenoisingLoss, EpsMSE, LossTerms, SigmoidWeighting
 from diffusion_lab.losses.adaptive import Adaptive, AdaptiveDenoisingLoss
+from diffusion_lab.losses.loss_aware import LossAware
+from diffusion_lab.losses.uncertainty import UncertaintyLoss
 from diffusion_lab.process import Cosine, LinearLogSNR, Schedule, VariancePreserving
 from diffusion_lab.process.schedules import AdaptiveSchedule
+from diffusion_lab.process.schedules.learned import LearnedLinear
 from diffusion_lab.rng import StepRNG
+from diffusion_lab.samplers.grids import uniform_u
 
 D64 = torch.float64
 U = torch.linspace(0, 1, 1001, dtype=D64)
@@ -102,7 +106,8 @@ def test_same_mean_and_the_least_variance():
         assert mean == pytest.approx(0.5 * D * k / -math.expm1(-k), rel=1e-3)
         assert mean == pytest.approx(65.18, abs=0.005)
         n = 256
-        loss = DenoisingLoss(schedule=schedule, weighting=SigmoidWeighting(bias=BIAS))
+        kind = AdaptiveDenoisingLoss if isinstance(schedule, AdaptiveSchedule) else DenoisingLoss
+        loss = kind(schedule=schedule, weighting=SigmoidWeighting(bias=BIAS))
         with torch.no_grad():
             values = torch.cat(
                 [
@@ -214,3 +219,22 @@ def test_the_protocol_and_misuse():
     for wrong in ({"bins": 0}, {"floor": 0.0}, {"halflife_images": 0}):
         with pytest.raises(ValueError, match="AdaptiveSchedule needs"):
             AdaptiveSchedule(**wrong)
+
+
+def test_a_schedule_that_would_not_learn_or_would_learn_the_wrong_thing_is_refused():
+    weighting = SigmoidWeighting(bias=BIAS)
+    for schedule, weighed in (
+        (AdaptiveSchedule(), weighting),
+        (Cosine(), EpsMSE(schedule=AdaptiveSchedule())),
+    ):
+        with pytest.raises(ValueError, match="DenoisingLoss would leave an adaptive schedule where it is"):
+            DenoisingLoss(schedule=schedule, weighting=weighed)
+    for schedule, weighed in ((LearnedLinear(), weighting), (Cosine(), EpsMSE(schedule=LearnedLinear()))):
+        with pytest.raises(ValueError, match="learns from the variational bound alone: method=vdm"):
+            DenoisingLoss(schedule=schedule, weighting=weighed)
+    inner = AdaptiveDenoisingLoss(schedule=AdaptiveSchedule(), weighting=weighting)
+    for wrapper in (lambda: UncertaintyLoss(loss=inner), lambda: LossAware(loss=inner, bins=4)):
+        with pytest.raises(ValueError, match="would keep AdaptiveDenoisingLoss from adapting"):
+            wrapper()
+    with pytest.raises(ValueError, match="a learned schedule stays in its run's loss"):
+        uniform_u(LearnedLinear(), 4)

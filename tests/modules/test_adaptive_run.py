@@ -3,8 +3,11 @@
 That resumed runs and two processes learn the same is in test_resume.py and test_processes.py, whose runs adapt.
 """
 
+import pytest
 import torch
 from tiny_training import BATCH, fit, make_module
+
+from diffusion_lab.modules import RunError
 
 
 def still(module):
@@ -24,3 +27,25 @@ def test_the_schedule_follows_the_loss_of_the_whole_batch(tmp_path):
     assert not torch.allclose(found[0], make_module().loss.schedule.means, rtol=0.1), (
         "it has learnt something"
     )
+
+
+def test_what_a_loss_learns_does_not_decay(tmp_path):
+    """AdamW would draw a schedule's end points, or an uncertainty, towards zero, whatever the objective says."""
+    module = make_module()
+    module.loss.own = torch.nn.Parameter(torch.tensor(3.0))
+    before = module.denoiser.network.layers[0].weight.detach().clone()
+    module.optimizer_factory = lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.5)
+    fit(tmp_path, 4 * BATCH, module=module)
+    assert float(module.loss.own) == 3.0 and module.optimizers().param_groups[0]["weight_decay"] == 0.5
+    assert not torch.equal(before, module.denoiser.network.layers[0].weight)
+
+
+def test_what_does_not_fit_together_is_told_in_the_first_step(tmp_path):
+    module = make_module()
+
+    def refuse(*given, **named):
+        raise ValueError("the data are not among the 4 levels")
+
+    module.loss.forward = refuse
+    with pytest.raises(RunError, match="the data are not among the 4 levels"):
+        fit(tmp_path, 4 * BATCH, module=module)

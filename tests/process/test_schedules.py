@@ -19,6 +19,7 @@ from diffusion_lab.process import (
     ShiftedCosine,
     Sigmoid,
 )
+from diffusion_lab.process.schedules.offset_cosine import OffsetCosine
 
 ALL = {
     "cosine": Cosine(),
@@ -38,6 +39,8 @@ ALL = {
     "sigmoid": Sigmoid(),
     "sigmoid_other": Sigmoid(start=-2.0, end=1.0, tau=0.7),
     "linear": LinearLogSNR(),
+    "offset_cosine": OffsetCosine(),
+    "offset_cosine_other": OffsetCosine(offset=0.1, logsnr_min=-9.0, logsnr_max=4.0),
 }
 every = pytest.mark.parametrize("schedule", ALL.values(), ids=ALL.keys())
 U = torch.linspace(0.0005, 0.9995, 2000, dtype=torch.float64)
@@ -231,3 +234,21 @@ def test_log_normal_is_edms_density():
 def test_bad_parameters_are_refused(make):
     with pytest.raises(ValueError):
         make()
+
+
+def test_the_offset_cosine_is_improved_ddpms():
+    # eq. 17 for T = 4000, wherever the published bound on beta does not act
+    schedule, s, T = OffsetCosine(logsnr_min=-15.0, logsnr_max=15.0), 0.008, 4000
+    f = [math.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2 for t in range(T)]
+    for t in (1, 5, 20, 100, 2000, 3900):
+        abar = f[t] / f[0]
+        logsnr = math.log(abar / (1 - abar))
+        # theta of this t, and the u of it between the bounds
+        theta = (t / T + s) / (1 + s) * math.pi / 2
+        u = (theta - schedule._ends()[0]) / (schedule._ends()[1] - schedule._ends()[0])
+        assert float(schedule(tensor(u))) == pytest.approx(logsnr, abs=1e-9)
+    assert float(OffsetCosine(offset=1e-9)(tensor(0.3))) == pytest.approx(
+        float(Cosine()(tensor(0.3))), abs=1e-3
+    )
+    with pytest.raises(ValueError, match="offset > 0"):
+        OffsetCosine(offset=0.0)

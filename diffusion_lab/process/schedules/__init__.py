@@ -6,6 +6,7 @@ from diffusion_lab.process.schedules.cosine import Cosine, InterpolatedCosine, S
 from diffusion_lab.process.schedules.karras import Karras, LogitNormal, LogNormal
 from diffusion_lab.process.schedules.learned import LearnedCurve, LearnedLinear, LearnedSchedule
 from diffusion_lab.process.schedules.linear import LinearBeta, LinearLogSNR
+from diffusion_lab.process.schedules.offset_cosine import OffsetCosine
 from diffusion_lab.process.schedules.sd3 import ModeSampling, ShiftedFlow
 from diffusion_lab.process.schedules.sigmoid import Sigmoid
 
@@ -21,6 +22,7 @@ __all__ = [
     "LinearLogSNR",
     "LogNormal",
     "LogitNormal",
+    "OffsetCosine",
     "ModeSampling",
     "Schedule",
     "ShiftedCosine",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.process.schedules.base import Schedule
+from diffusion_lab.process.schedules.learned import LearnedCurve
 from diffusion_lab.samplers.grids.common import check_steps, closed
 
 
@@ -20,9 +21,14 @@ def uniform_u(schedule: Schedule, steps: int) -> Tensor:
     """Return the levels of `schedule` at u = 1, 1 - 1/steps, ..., 1/steps, and +inf; `(steps + 1,)`.
 
     Raises:
-        ValueError: If `steps` is not positive.
+        ValueError: If `steps` is not positive, or the schedule is one that learns: what it learnt is in the loss of its
+            run, not in the settings that it is built of here.
     """
     check_steps(steps)
+    if isinstance(schedule, LearnedCurve):
+        raise ValueError(
+            "a learned schedule stays in its run's loss: grid=uniform_logsnr, with the ends it was trained on"
+        )
     u = 1.0 - torch.arange(steps, dtype=torch.float64) / steps
     return closed(schedule(u))
 
