@@ -105,9 +105,14 @@ PAPERS = (
 )
 
 
-def run(paper: Paper, runs: Path) -> dict[str, Any]:
-    """Train and score one laptop sibling."""
-    folder = runs / paper.folder / "digits" / "benchmark"
+def place(runs: Path, paper: Paper) -> Path:
+    """The run folder of a laptop sibling."""
+    return runs / paper.folder / "digits" / "benchmark"
+
+
+def run(paper: Paper, runs: Path) -> None:
+    """Train and score one laptop sibling, unless its figures are known."""
+    folder = place(runs, paper)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kept = folder / "benchmark.json"
     if not kept.is_file():
@@ -123,22 +128,27 @@ def run(paper: Paper, runs: Path) -> dict[str, Any]:
         )  # fmt: skip
         records = json.loads((folder / "metrics.json").read_text())["evaluations"][-1]["records"]
         kept.write_text(json.dumps({"trained_s": trained_s, "records": records}))
-    found: dict[str, Any] = json.loads(kept.read_text())
     print(f"{paper.folder}: done", flush=True)
-    return found
 
 
-def row(paper: Paper, found: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One row of the table."""
-    values = {record["metric"]: record["value"] for record in found["records"]}
-    floor = next(record["real"] for record in found["records"] if record["metric"] == "frechet")
+def row(paper: Paper, folder: Path) -> dict[str, Any]:
+    """One row of the table; a paper that was not run yet has no figures."""
     at_scale = " ".join(f"`experiment={paper.folder}/{data}`" for data in paper.scale) or "–"
-    config = read_run(folder)
-    return {
+    told: dict[str, Any] = {
         "paper": paper.what,
         "at its scale": at_scale,
         "on digits": f"`experiment={paper.folder}/digits`",
         "published": paper.published or "–",
+        f"here, FD@{N}": "not measured",
+    }
+    if not (folder / "benchmark.json").is_file():
+        return told
+    found = json.loads((folder / "benchmark.json").read_text())
+    values = {record["metric"]: record["value"] for record in found["records"]}
+    floor = next(record["real"] for record in found["records"] if record["metric"] == "frechet")
+    config = read_run(folder)
+    return {
+        **told,
         f"here, FD@{N}": values["frechet"],
         "real data": floor,
         "recognised": f"{100 * values['accuracy']:.1f} %",
@@ -150,13 +160,14 @@ def row(paper: Paper, found: dict[str, Any], folder: Path) -> dict[str, Any]:
 def picture(runs: Path) -> None:
     """A row of samples for each paper, its name before it."""
     side, gap, words = 32, 4, 120
-    height = len(PAPERS) * (side + gap) + gap
+    measured = [paper for paper in PAPERS if (place(runs, paper) / "benchmark.json").is_file()]
+    height = len(measured) * (side + gap) + gap
     sheet = Image.new("L", (words + SHOWN * (side + gap) + gap, height), 255)
     draw = ImageDraw.Draw(sheet)
-    for k, paper in enumerate(PAPERS):
+    for k, paper in enumerate(measured):
         top = gap + k * (side + gap)
         draw.text((gap, top + side // 3), paper.folder, fill=0)
-        shown = np.load(runs / paper.folder / "digits" / "benchmark" / "shown" / "samples.npz")
+        shown = np.load(place(runs, paper) / "shown" / "samples.npz")
         for j, image in enumerate(shown[shown.files[0]][:SHOWN]):
             large = Image.fromarray(image.squeeze()).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(large, (words + j * (side + gap), top))
@@ -174,14 +185,9 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     wanted = [paper for paper in PAPERS if not options.only or paper.folder in options.only]
     with ThreadPoolExecutor(options.workers) as pool:
-        found = list(pool.map(lambda paper: run(paper, options.runs.resolve()), wanted))
-    rows = [
-        row(paper, figures, options.runs / paper.folder / "digits" / "benchmark")
-        for paper, figures in zip(wanted, found, strict=True)
-    ]
-    if not options.only:
-        picture(options.runs)
-    report("papers", rows, {})
+        list(pool.map(lambda paper: run(paper, options.runs.resolve()), wanted))
+    picture(options.runs)
+    report("papers", [row(paper, place(options.runs, paper)) for paper in PAPERS], {})
 
 
 if __name__ == "__main__":
