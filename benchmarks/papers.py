@@ -183,7 +183,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(words)
     torch.set_num_threads(1)
-    wanted = [paper for paper in PAPERS if not options.only or paper.folder in options.only]
+    by_name = {paper.folder: paper for paper in PAPERS}
+    wanted = [by_name[name] for name in options.only or by_name]
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(lambda paper: run(paper, options.runs.resolve()), wanted))
     picture(options.runs)
