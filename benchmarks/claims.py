@@ -164,7 +164,7 @@ def _objective_rows() -> list[Claim]:
     return [
         claim(
             "Kingma et al. 2021",
-            "the bound in continuous time (of one trained model) does not depend on the schedule between its end points",
+            "the bound of a trained model, in continuous time, does not depend on the schedule between its ends",
             "vdm",
             bound_is_the_same,
         ),
@@ -194,8 +194,8 @@ def _objective_rows() -> list[Claim]:
         ),
         claim(
             "Hoogeboom, Heek & Salimans 2023",
-            "shifting the cosine schedule with resolution beats not shifting (ImageNet-256: FID 3.76 against 7.65); here on "
-            "digits whose pixels are repeated, scored on block means",
+            "shifting the cosine schedule with resolution beats not shifting (ImageNet-256: FID 3.76 against 7.65); "
+            "here on digits whose pixels are repeated, scored on block means",
             "resolution",
             lower(["shifted, 16 pixels", "shifted, 32 pixels"], ["plain, 16 pixels", "plain, 32 pixels"]),
         ),

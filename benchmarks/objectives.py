@@ -6,7 +6,7 @@
     resolution    digits of 16 and 32 pixels, the cosine schedule and its shift: Fréchet distance. Larger digits repeat
                   pixels and are averaged back to be scored: what the shift is for, and blind to detail
     posthoc       widths of the average made after training, beside the tracked ones: Fréchet distance
-    vdm           the bound of one trained model under four schedules of the same ends, one of them learnt: mean, variance
+    vdm           the bound of one trained model under four schedules of the same ends, one learnt: mean, variance
 
     python benchmarks/objectives.py weighting prediction adaptive resolution posthoc vdm [--runs runs/benchmarks]
 
