@@ -8,6 +8,7 @@ import torch
 
 from diffusion_lab.denoisers import NetworkDenoiser, V
 from diffusion_lab.denoisers.prediction import x0_from
+from diffusion_lab.images import to_float
 from diffusion_lab.networks import VDMUNet
 from diffusion_lab.networks.vdm import fourier_features
 from diffusion_lab.process import RectifiedFlow, VarianceExploding, VariancePreserving
@@ -139,3 +140,13 @@ def test_features_matter_and_can_be_left_out():
             .max()
         )
     assert float(told) > 30 * float(blind)
+
+
+def test_the_library_s_bytes_are_put_where_the_features_can_tell_them_apart():
+    network, seen = vdm().double(), []
+    network.conv_in.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    x = to_float(torch.arange(256, dtype=torch.uint8)).double().view(1, 1, 16, 16)
+    network(x, torch.full((1,), 13.0, dtype=torch.float64), None)
+    bit = 1.0 - 2.0 * (torch.arange(256) % 2)
+    # bytes are float32 when they come, so 2^7 pi x is good to a few 1e-5
+    torch.testing.assert_close(seen[0][0, 1].flatten(), bit.double(), rtol=0, atol=1e-4)
