@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from diffusion_lab.app import launch, record, resume
 from diffusion_lab.app.build import build, plain
 from diffusion_lab.app.display import show, summary
-from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.run import RunFolder, claimed, discard, identity, point_latest, write_atomically
 
 
@@ -198,6 +198,7 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
     from diffusion_lab.app.choices import read_unchecked
     from diffusion_lab.callbacks import was_preempted
     from diffusion_lab.loggers import close_loggers
+    from diffusion_lab.modules.errors import DoesNotFit
 
     # this very job composed it from the user's command line, so it may name his own classes
     config = read_unchecked(folder.path)
@@ -211,10 +212,18 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
             for logger in parts.loggers:
                 logger.log_hyperparams(config)
         with _gentle_interrupt(pressed):
-            parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+            try:
+                parts.trainer.fit(
+                    parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True
+                )
+            except ValueError as error:
+                if getattr(parts.module, "images_seen", 0):
+                    raise
+                raise DoesNotFit(one_line(str(error))) from error
         status = "preempted" if was_preempted(parts.callbacks) else "finished"
     except BaseException as error:
-        if first and not ready and checkpoint is None and launch.OWN not in os.environ:
+        begun = ready and not isinstance(error, DoesNotFit)
+        if first and not begun and checkpoint is None and launch.OWN not in os.environ:
             discard(folder, config["name"])
         elif first:
             kind = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"

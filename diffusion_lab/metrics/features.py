@@ -162,7 +162,9 @@ class CNNFeatures(nn.Module):
         """
         size = self.network.size
         if images.ndim != 4 or tuple(images.shape[1:]) != (1, size, size):
-            raise ValueError(f"{self.name} takes images (N, 1, {size}, {size}), not {tuple(images.shape)}")
+            raise ValueError(
+                f"{self.name} takes images (N, 1, {size}, {size}), not {tuple(images.shape)}: choose another metrics="
+            )
         with torch.no_grad():
             return self.network(to_float(images))
 

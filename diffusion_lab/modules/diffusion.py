@@ -35,7 +35,7 @@ from diffusion_lab.modules.learning_rate import Constant, LRSchedule
 from diffusion_lab.modules.ranks import sum_over_ranks
 from diffusion_lab.networks.magnitude_preserving import magnitude_preserving, normalize_weights
 from diffusion_lab.rng import StepRNG, derive_seed
-from diffusion_lab.typing import Cond, DenoiserFn
+from diffusion_lab.typing import DenoiserFn
 
 
 def seed_global(seed: int, device: torch.device) -> None:
@@ -111,7 +111,6 @@ class DiffusionModule(pl.LightningModule):
         self.terms: list[LossTerms] = []
         self.paused_s = 0.0
         self._micro = 0
-        self._begun = False
         self._base_lr: list[float] = []
         self._magnitude_preserving = magnitude_preserving(denoiser)
 
@@ -195,21 +194,10 @@ class DiffusionModule(pl.LightningModule):
             seed=self.seed, step=step, positions=rows, total=self.global_batch_size, device=x0.device
         )
         cond = {name: value for name, value in batch.items() if name != "x0"} or None
-        terms = self._loss(x0, cond, rng)
+        terms: LossTerms = self.loss(self.denoiser, x0, cond, rng)
         values = {field.name: getattr(terms, field.name) for field in fields(terms)}
         self.terms.append(replace(terms, **{name: value.detach() for name, value in values.items()}))
         return terms.total
-
-    def _loss(self, x0: Tensor, cond: Cond | None, rng: StepRNG) -> LossTerms:
-        """The losses of a micro-batch; what does not fit together shows in a run's first, and is told in a line."""
-        first, self._begun = not self._begun, True
-        try:
-            terms: LossTerms = self.loss(self.denoiser, x0, cond, rng)
-        except ValueError as error:
-            if first:
-                raise RunError(str(error)) from error
-            raise
-        return terms
 
     def step_loss(self) -> Tensor:
         """Mean loss of the current step on this process, 0-d, still on its device."""

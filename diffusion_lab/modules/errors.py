@@ -7,6 +7,10 @@ class RunError(RuntimeError):
     """Base of the errors below; an entry point prints the message and exits non-zero, without a traceback."""
 
 
+class DoesNotFit(RunError):
+    """Parts of a run do not fit together, which showed before its first step was done."""
+
+
 class CheckpointTruncated(RunError):
     """A checkpoint file is cut short or damaged: its checksum or its archive does not hold."""
 

@@ -60,8 +60,8 @@ class IDDPM(Stepper):
         x0, c = denoiser.with_variance(x, logsnr) if isinstance(denoiser, BoundDenoiser) else (None, None)
         if x0 is None or c is None:
             raise ValueError(
-                "IDDPM needs a denoiser that has learned a variance (with_variance), which a guidance around it hides; "
-                "take guidance=none, or sampler=ddpm"
+                "IDDPM needs a denoiser that has learned a variance (with_variance): a run of method=iddpm, and no "
+                "guidance or modifier around it, which would hide it; or take sampler=ddpm"
             )
         mean, lower, _ = posterior(denoiser.interpolant, x, x0, logsnr, logsnr_next)
         if is_infinite(logsnr_next, 1):

@@ -253,3 +253,18 @@ def test_a_bare_command_says_what_it_trains(tmp_path, capsys, monkeypatch):
     for words in (["experiment=toy/quickstart"], ["max_images=1000"], ["debug=fast"]):
         assert cli.main("train", [f"paths.runs={tmp_path}", *words]) == 2
         assert "no experiment" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["method=iddpm"], "set model.out_channels=2"),
+        (["method=multiscale"], "set method.loss.base"),
+        (["dataset.size=16", "callbacks=[default,frechet]"], "digits-cnn takes images (N, 1, 8, 8)"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_line_and_leaves_no_folder(tmp_path, capsys, words, told):
+    code = tiny_runs.main("train", *tiny_runs.TINY, f"paths.runs={tmp_path}", *words)
+    error = capsys.readouterr().err
+    assert code != 0 and told in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert not list(tmp_path.rglob("config.yaml"))

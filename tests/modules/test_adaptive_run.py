@@ -3,11 +3,8 @@
 That resumed runs and two processes learn the same is in test_resume.py and test_processes.py, whose runs adapt.
 """
 
-import pytest
 import torch
 from tiny_training import BATCH, fit, make_module
-
-from diffusion_lab.modules import RunError
 
 
 def still(module):
@@ -38,14 +35,3 @@ def test_what_a_loss_learns_does_not_decay(tmp_path):
     fit(tmp_path, 4 * BATCH, module=module)
     assert float(module.loss.own) == 3.0 and module.optimizers().param_groups[0]["weight_decay"] == 0.5
     assert not torch.equal(before, module.denoiser.network.layers[0].weight)
-
-
-def test_what_does_not_fit_together_is_told_in_the_first_step(tmp_path):
-    module = make_module()
-
-    def refuse(*given, **named):
-        raise ValueError("the data are not among the 4 levels")
-
-    module.loss.forward = refuse
-    with pytest.raises(RunError, match="the data are not among the 4 levels"):
-        fit(tmp_path, 4 * BATCH, module=module)
