@@ -89,6 +89,12 @@ PAPERS = (
         "FID 1.43 (ImageNet-64, EDM's recipe with a falling weighting)",
     ),
     Paper("rectified_flow", "Rectified flow. Liu et al. 2022", (), "FID 2.58 (CIFAR-10)"),
+    Paper(
+        "stochastic_interpolant",
+        "Stochastic interpolants: from blurred to sharp. Albergo, Boffi & Vanden-Eijnden 2023",
+        (),
+        "",
+    ),
     Paper("sit", "SiT: flows on DiT. Ma et al. 2024", ("imagenet256",), "FID 2.06"),
     Paper("sd3", "SD3's flow: logit-normal times, shifted steps. Esser et al. 2024", (), ""),
     Paper(

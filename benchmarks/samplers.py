@@ -54,8 +54,9 @@ from diffusion_lab.typing import Cond
 BUDGETS = (5, 8, 10, 15, 20, 50)
 ENDS = (-10.0, 10.0)
 FREE = " (derivative free)"
-# they choose their own number of evaluations, trade it for rounds in parallel, or want a model with a learned variance
-LEFT_OUT = {"adaptive_rk", "paradigms", "iddpm"}
+# they choose their own number of evaluations, trade it for rounds in parallel, or want a model with a learned variance,
+# or the field of a bridge
+LEFT_OUT = {"adaptive_rk", "paradigms", "iddpm", "transport_ode", "transport_sde"}
 ON_MNIST = (
     "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "dpm_solver_v3", "addim", "covariance",
     "covariance_block", "covariance_scalar", "ddpm", "dpmpp_2m_sde",

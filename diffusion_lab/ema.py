@@ -14,7 +14,8 @@ A profile says what `decay` is. With n images seen and b images an update,
 gamma and sigma_rel are tied by sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), so gamma is the largest
 real root of g^3 + 7 g^2 + (16 - sigma_rel^-2) g + (12 - sigma_rel^-2).
 
-Shadows are never swapped into the live module: they are modules of their own, to be sampled and scored directly.
+Shadows are never swapped into the live module: they are modules of their own, to be sampled and scored directly. Where
+the live module is sharded, so is its shadow, and each process averages the parts that it holds.
 
 References:
     Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", 2024, section 3 and appendix C.
@@ -31,6 +32,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from diffusion_lab.sharded import gather, load_whole, local
 
 
 @lru_cache
@@ -147,18 +150,22 @@ class EMA:
         weight = 1.0 - self.profile.decay(images_seen, images_per_update)
         if self._followed is not module:
             self._follow(module)
-        torch._foreach_lerp_(self._shadow, self._live, weight)
+        torch._foreach_lerp_([local(p) for p in self._shadow], [local(p) for p in self._live], weight)
         for mine, theirs, name in self._buffers:
             mine.get_buffer(name).copy_(theirs.get_buffer(name))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Weights and buffers of the shadow."""
-        return self.module.state_dict()
+    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Weights and buffers of the shadow, whole; if it is sharded, every process must call this.
+
+        Args:
+            keep: Whether this process wants what is sharded; it gets empty tensors otherwise.
+        """
+        return gather(self.module.state_dict(), keep=keep)
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Restore the shadow.
+        """Restore the shadow from whole tensors.
 
         Raises:
             RuntimeError: If names or shapes differ.
         """
-        self.module.load_state_dict(state_dict)
+        load_whole(self.module, state_dict)

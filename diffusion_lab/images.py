@@ -34,6 +34,14 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((wide + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def visible(latents: Tensor) -> Tensor:
+    """Return latents `(B, C, H, W)` of about unit variance as bytes `(B, 3 or 1, H, W)`.
+
+    The first channels, within +-3: no picture of what they stand for, but enough to see that they are not noise.
+    """
+    return to_uint8(latents[:, :3] / 3.0) if latents.shape[1] >= 3 else to_uint8(latents[:, :1] / 3.0)
+
+
 def to_float(images: Tensor) -> Tensor:
     """Return bytes as float32 in [-1, 1].
 

@@ -21,6 +21,7 @@ PURE = [
     "metrics",
     "ema",
     "ema_posthoc",
+    "sharded",
     "rng",
     "typing",
     "images",
@@ -40,8 +41,9 @@ FLOORS = {
     "rewards": {"measurements"},
     "samplers": {"process", "denoisers"},
     "metrics": set(),
-    "ema": set(),
+    "ema": {"sharded"},
     "ema_posthoc": set(),
+    "sharded": set(),
 }
 
 

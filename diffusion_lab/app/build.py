@@ -27,8 +27,14 @@ from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.launch import OWN, outer_world, started_by_others
 from diffusion_lab.callbacks import StopAtImages
 from diffusion_lab.denoisers import NetworkDenoiser
+from diffusion_lab.denoisers.bridge import BridgeField
 from diffusion_lab.rng import derive_seed
 from diffusion_lab.samplers.generate import Generation
+from diffusion_lab.samplers.transport_samplers import check_kinds
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+"""What a run may be trained in: only the inside of the network is ever lowered."""
+FLOAT16 = ("16", "16-mixed")
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ def build(config: Mapping[str, Any]) -> Parts:
     data.setup("fit")
     with seeded("init", config["seed"]):
         module = instantiate(config["method"], "method")
+    _compare_kinds(config, module)
     callbacks = [
         node for node in instantiate(config["callbacks"] or {}, "callbacks").values() if node is not None
     ]
@@ -117,25 +124,46 @@ def _compare_shapes(config: Mapping[str, Any], data: Any) -> None:
             )
 
 
+def _compare_kinds(config: Mapping[str, Any], module: Any) -> None:
+    """A bridge is sampled in its own way; what cannot be is refused before it is trained."""
+    from diffusion_lab.app.probe import blank_of
+
+    denoiser = getattr(module, "denoiser", None)
+    if denoiser is None:
+        return
+    try:
+        check_kinds(denoiser, instantiate(config["sampler"], "sampler"))
+        if isinstance(denoiser, BridgeField):
+            generation_of(config)(blank_of(denoiser), seeds=[0])
+    except ValueError as error:
+        raise UserError(f"sampler: {one_line(str(error))}") from error
+
+
 def _trainer(config: Mapping[str, Any], callbacks: list[pl.Callback], loggers: list[Any]) -> pl.Trainer:
-    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.plugins import MixedPrecision
+    from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from diffusion_lab.modules.checkpoint_io import AtomicCheckpointIO
 
     node = dict(config["trainer"])
     plugins: list[Any] = [AtomicCheckpointIO()]
+    # the environment is named: Lightning guesses wrongly inside a Kubernetes pod, and in a job that is called "bash"
     if OWN in os.environ:
-        # named, because inside a Kubernetes pod Lightning would guess otherwise
         plugins.append(LightningEnvironment())
     elif started_by_others():
         _, world, local = outer_world()
         node.update(devices=local, num_nodes=world // local)
         if node["strategy"] == "auto":
             node["strategy"] = "ddp"
+        plugins.append(TorchElasticEnvironment())
+    if str(node["precision"]) in FLOAT16:
+        # Lightning would take bfloat16 in its place on a CPU
+        plugins.append(MixedPrecision("16-mixed", _kind(node["accelerator"])))
+        node["precision"] = None
     make = instantiate({**node, "_partial_": True}, "trainer")
     try:
-        return make(
+        trainer = make(
             callbacks=callbacks,
             logger=loggers or False,
             plugins=plugins,
@@ -144,6 +172,17 @@ def _trainer(config: Mapping[str, Any], callbacks: list[pl.Callback], loggers: l
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise UserError(f"trainer: {one_line(str(error))}") from error
+    if trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision={config['trainer']['precision']}: weights and coefficients keep float32 or better; "
+            f"choose one of {', '.join(PRECISIONS)}"
+        )
+    return trainer
+
+
+def _kind(accelerator: str) -> str:
+    """Return the kind of device that Lightning will choose: "cpu" or "cuda"."""
+    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 # ---- back from a folder ----------------------------------------------------------------------------------
@@ -237,7 +276,15 @@ def data_module(trained: Mapping[str, Any]) -> Any:
     root, elsewhere = node.get("root"), os.environ.get("DIFFUSION_LAB_DATA")
     if isinstance(root, str) and not Path(root).is_dir() and elsewhere:
         node["root"] = str(Path(elsewhere) / Path(root).name)
+    if "allow_pipe" in node:
+        node["allow_pipe"] = False  # what a stored config names is read, never run
     return instantiate(node, "dataset")
+
+
+def are_pixels(trained: Mapping[str, Any]) -> bool:
+    """Whether examples `(C, H, W)` of a recorded config's data set are images, whose samples are stored as bytes."""
+    target = (trained.get("dataset") or {}).get("_target_")
+    return target is None or bool(getattr(hydra.utils.get_object(str(target)), "pixels", True))
 
 
 def generation_of(config: Mapping[str, Any]) -> Generation:
@@ -249,6 +296,7 @@ __all__ = [
     "Loaded",
     "LoadedClassifier",
     "Parts",
+    "are_pixels",
     "build",
     "data_module",
     "generation_of",

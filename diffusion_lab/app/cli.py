@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ from diffusion_lab.app.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from diffusion_lab.app.sweep.job import Context
 
 TRACEBACK = "DIFFUSION_LAB_TRACEBACK"
 
@@ -98,6 +100,7 @@ class Session:
     failed: int = 0
     jobs: int = 0
     outcomes: list[Outcome] = field(default_factory=list)
+    sweep: Context | None = None
 
 
 def main(app: str, argv: Sequence[str]) -> int:
@@ -120,7 +123,12 @@ def main(app: str, argv: Sequence[str]) -> int:
     try:
         argv = _prepare(session, argv)
         with _hydra_environment([_program(), *argv]):
-            _compose_and_run(session)
+            if session.app == "train" and session.multirun and not _only_shows(argv):
+                from diffusion_lab.app.sweep import run as sweep_run
+
+                sweep_run.run(session, argv, _compose_and_run)
+            else:
+                _compose_and_run(session)
         if session.app != "train" and len(session.outcomes) > 1:
             from diffusion_lab.app.compare import finish
 
@@ -140,6 +148,12 @@ def main(app: str, argv: Sequence[str]) -> int:
         sys.stderr.write(f"{session.failed} of {session.jobs} jobs failed\n")
         return 1
     return 0
+
+
+def _only_shows(argv: Sequence[str]) -> bool:
+    """Whether a command line asks Hydra for something else than a run."""
+    words = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc", "--shell-completion")
+    return any(argument.partition("=")[0] in words for argument in argv)
 
 
 def _program() -> str:
@@ -163,7 +177,7 @@ def _config_dirs(argv: Sequence[str]) -> list[Path]:
 def _prepare(session: Session, argv: list[str]) -> list[str]:
     """Complete the command line and check what can be checked before Hydra reads it."""
     from diffusion_lab.app.choices import complete, is_multirun, split_override
-    from diffusion_lab.app.messages import check_flags, check_options, check_resume
+    from diffusion_lab.app.messages import check_flags, check_options, check_resume, check_sweep
 
     session.multirun = is_multirun(argv)
     if {"-sc", "--shell-completion", "--shell_completion", "--hydra-help", "--version"} & set(argv):
@@ -172,10 +186,16 @@ def _prepare(session: Session, argv: list[str]) -> list[str]:
     check_options([item for item in argv if split_override(item) is not None], session.folders)
     if session.app == "train":
         check_resume(argv)
+        check_sweep(argv, multirun=session.multirun or _only_shows(argv))
     else:
         completed = complete(session.app, argv)
         argv, session.recorded, session.injected = completed.argv, completed.recorded, completed.injected
-    session.overrides = [argument for argument in argv if not argument.startswith("-")]
+    # the word behind `--config-dir` is none
+    session.overrides = [
+        word
+        for before, word in zip(["", *argv], argv, strict=False)
+        if not word.startswith("-") and before not in ("--config-dir", "-cd")
+    ]
     return argv
 
 
@@ -207,11 +227,17 @@ def _job(session: Session, cfg: DictConfig) -> Any:
     """Run one job. A failure is kept for the end of a single run, and told at once in a sweep, which goes on."""
     from hydra.core.hydra_config import HydraConfig
 
+    from diffusion_lab.app.composed import job_overrides
+
+    if session.sweep is not None:
+        from diffusion_lab.app.sweep import job
+
+        return job.run(session, cfg)
     hydra_cfg = HydraConfig.get()
     session.jobs += 1
     # jobs of other launchers run elsewhere: only what they raise is seen here
     here = str(hydra_cfg.launcher._target_).endswith("BasicLauncher")
-    given = [item for item in _overrides(hydra_cfg) if item not in session.injected]
+    given = [item for item in job_overrides() if item not in session.injected]
     title = _title(session, hydra_cfg, given) if session.multirun else ""
     if session.multirun and here:
         print(title, flush=True)
@@ -224,9 +250,7 @@ def _job(session: Session, cfg: DictConfig) -> Any:
         if not session.multirun:
             session.error = error
             return None
-        line = _line(session, error) or one_line(f"{type(error).__name__}: {error}")
-        if os.environ.get(TRACEBACK) == "1":
-            traceback.print_exception(error)
+        line = failure_line(session, error)
         sys.stderr.write(f"{title}: {line}\n")
         session.failed += 1
         if not here:
@@ -254,46 +278,20 @@ def _title(session: Session, hydra_cfg: Any, given: Sequence[str]) -> str:
     return f"job {int(hydra_cfg.job.num) + 1}{of}" + (f" ({changed})" if changed else "")
 
 
-def _overrides(hydra_cfg: Any) -> list[str]:
-    """Return the overrides of the current job, as typed: an interpolation in one is not followed."""
-    from omegaconf import OmegaConf
-
-    found = OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)
-    assert isinstance(found, list)
-    return [str(item) for item in found]
+def failure_line(session: Session, error: Exception) -> str:
+    """Return the one line that tells why a job of a sweep failed; the trace is printed where it was asked for."""
+    if os.environ.get(TRACEBACK) == "1":
+        traceback.print_exception(error)
+    return _line(session, error) or one_line(f"{type(error).__name__}: {error}")
 
 
 def run_config(session: Session, cfg: DictConfig) -> Any:
     """Check a composed config and hand it to the app, which is imported only now."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import open_dict
+    from diffusion_lab.app.composed import check_config, complete_config
 
-    from diffusion_lab.app.help import options
-    from diffusion_lab.app.schema import SCHEMAS
-    from diffusion_lab.app.validate import drop_absent_parts, validate
-
-    hydra_cfg = HydraConfig.get()
-    choices = {
-        key: session.recorded.get(key) if value == "from_run" else value
-        for key, value in hydra_cfg.runtime.choices.items()
-        if not key.startswith("hydra")
-    }
-    with open_dict(cfg):
-        cfg.choices = choices
-        own = [f"--config-dir={folder}" for folder in session.folders[1:]]
-        cfg.overrides = [*own, *(item for item in _overrides(hydra_cfg) if item not in session.injected)]
-        if session.app == "train" and cfg.get("name") is None:
-            cfg.name = _name(choices)
-    drop_absent_parts(cfg, options(session.folders), cfg.overrides)
-    validate(cfg, SCHEMAS[session.app])
+    complete_config(session, cfg)
+    check_config(session, cfg)
     return importlib.import_module(f"diffusion_lab.app.{session.app}").run(cfg)
-
-
-def _name(choices: Mapping[str, Any]) -> str:
-    """Return the name of a run that was not given one: the experiment's, below debug/ where it is only a trial."""
-    experiment, debug = choices.get("experiment"), choices.get("debug")
-    name = experiment if isinstance(experiment, str) and experiment != "null" else "unnamed"
-    return f"debug/{name}" if debug not in (None, "null", "none") else name
 
 
 def _known_keys(session: Session) -> list[str]:

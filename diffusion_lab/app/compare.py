@@ -101,7 +101,7 @@ def collect(app: str, typed: Sequence[str], outcomes: Sequence[Outcome]) -> Shee
 
 def _row(outcome: Outcome, varied: dict[str, str], judges: dict[Path, Yardstick | str]) -> Row:
     scored = outcome.returned if isinstance(outcome.returned, Scored) else None
-    samples = read_samples(scored.where if scored is not None else outcome.returned)
+    samples = read_samples(scored.where if scored is not None else outcome.returned, latents=True)
     told = record.read(samples.where / "record.json") if samples.where.is_dir() else {}
     records: list[Record] = []
     why: dict[str, str] = {}

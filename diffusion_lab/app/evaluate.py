@@ -20,13 +20,14 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from diffusion_lab.app import record
-from diffusion_lab.app.build import data_module, instantiate, load_denoiser, plain
+from diffusion_lab.app.build import are_pixels, data_module, instantiate, load_denoiser, plain
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.display import show, shown
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.job import device_of, from_config
 from diffusion_lab.app.run import RunFolder, write_atomically
 from diffusion_lab.app.sample import default_out, draw, find_done
+from diffusion_lab.images import visible
 from diffusion_lab.metrics.features import FeatureExtractor
 from diffusion_lab.metrics.protocol import ALL_LABELS, UNKNOWN, Record, Source
 from diffusion_lab.metrics.quality import evaluate_images
@@ -105,8 +106,10 @@ def run(cfg: DictConfig) -> Scored:
     typed = config["out"] or config["run"]
     print(f"metrics {shown(told['file'], typed)}")
     if config["out"] is None and (folder / "checkpoints").is_dir():
+        from diffusion_lab.app.model_card import write_card
         from diffusion_lab.app.report import write_report
 
+        write_card(RunFolder(folder))
         print(f"report  {shown(write_report(RunFolder(folder)), typed)}")
     return Scored(samples.where, records)
 
@@ -118,7 +121,15 @@ def yardstick(trained: Mapping[str, Any], metrics: Mapping[str, Any], device: st
         trained: The run's config.
         metrics: The config of the extractor.
         device: "cpu" or "cuda".
+
+    Raises:
+        UserError: If the run was trained on latents.
     """
+    if not are_pixels(trained):
+        raise UserError(
+            "samples of a run on latents are scored as images: decode them (python -m diffusion_lab.data.decode "
+            "<samples>) and name a run on the images: evaluate.py run=<that run> samples=<samples>/decoded"
+        )
     extractor = instantiate(metrics, "metrics")
     data = data_module(trained)
     reference, reference_labels = data.test_images()
@@ -180,11 +191,12 @@ def _first(samples: Samples, n: int) -> Samples:
     return replace(samples, images=samples.images[:n], labels=labels)
 
 
-def read_samples(path: Path) -> Samples:
+def read_samples(path: Path, *, latents: bool = False) -> Samples:
     """Read samples that exist.
 
     Args:
         path: A folder of sample.py, or an .npz with `images` and perhaps `labels`.
+        latents: Whether latents are taken too, as something to be looked at: to score them would mean nothing.
 
     Raises:
         UserError: If there are none, or they are not stored as sample.py stores them.
@@ -199,16 +211,19 @@ def read_samples(path: Path) -> Samples:
             labels = torch.from_numpy(stored["labels"]).to(torch.int64) if "labels" in stored else None
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{file}: an .npz with an array `images` is needed: {error}") from error
-    if images.ndim == 4:
+    told = record.read(file.parent / "record.json")
+    if images.ndim == 4 and images.is_floating_point() and latents:
+        images = visible(images)
+    elif images.ndim == 4:
         if images.dtype != torch.uint8:
+            hint = "; latents are decoded first: python -m diffusion_lab.data.decode" if told else ""
             raise UserError(
-                f"{file}: images must be uint8, these are {str(images.dtype).removeprefix('torch.')}"
+                f"{file}: images must be uint8, these are {str(images.dtype).removeprefix('torch.')}{hint}"
             )
         # channels last, as everybody stores images
         images = images.permute(0, 3, 1, 2).contiguous()
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{file}: {len(images)} images have {len(labels)} labels")
-    told = record.read(file.parent / "record.json")
     return Samples(images, labels, _source(told), path)
 
 

@@ -1,12 +1,14 @@
 """Weights to give away: one safetensors file for each average, and the config that rebuilds the denoiser.
 
     export/
-        ema.safetensors       tensors of the denoiser; metadata: run, images seen, name of the average
+        ema.safetensors       tensors of the denoiser; metadata: what `facts_of` says
         config.yaml           the run's config without this machine's folders and without what only training needs
+        README.md             the model card, see `model_card.py`
 
 `sample.py` and `evaluate.py` take an export like a run. Of a run they also take averages that were never tracked, made
 from its snapshots (`posthoc.py`); `export_average` puts such a one among the exported. safetensors hold nothing but
-tensors and strings, and the config is checked against the allow-list, so an export from a stranger is data.
+tensors and strings, and the config is checked against the allow-list, so an export from a stranger is data. With
+`--diffusers` the weights go to a folder for diffusers instead (`export_diffusers.py`).
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from diffusion_lab.app import posthoc
+from diffusion_lab.app import posthoc, record
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.errors import UserError, did_you_mean
-from diffusion_lab.app.run import RunFolder, write_atomically
+from diffusion_lab.app.run import RunFolder, identity, write_atomically
 from diffusion_lab.modules.errors import RunError
 
 RAW = "raw"
@@ -153,23 +155,26 @@ def export_run(folder: RunFolder, config: Mapping[str, Any]) -> list[Path]:
     Raises:
         UserError: If the run has no usable checkpoint.
     """
+    from diffusion_lab.app.model_card import write_card
     from diffusion_lab.app.resume import newest_checkpoint
     from diffusion_lab.modules.checkpoint_io import load_checkpoint
 
     checkpoint = load_checkpoint(newest_checkpoint(folder.path))
     averages = averages_of(checkpoint) or {RAW: raw_of(checkpoint)}
-    return [
+    files = [
         _export(folder, config, name, tensors, int(checkpoint["images_seen"]))
         for name, tensors in averages.items()
     ]
+    write_card(folder)
+    return files
 
 
-def export_average(folder: Path, ema: str) -> Path:
+def export_average(folder: Path, ema: str | None) -> Path:
     """Write one average of a run to its export folder, beside those written when training ended.
 
     Args:
         folder: The run folder.
-        ema: As in `read_weights`: a width that a sweep found best, "posthoc_0.06", or any other name.
+        ema: As in `read_weights`: a width that a sweep found best, "posthoc_0.06", any other name, or None.
 
     Returns:
         The file, `<folder>/export/<ema>.safetensors`; `sample.py run=<folder>/export ema=<ema>` takes it.
@@ -178,9 +183,63 @@ def export_average(folder: Path, ema: str) -> Path:
         UserError: If the folder is no run, or there are no such weights.
         RunError: If a checkpoint is unsafe.
     """
+    from diffusion_lab.app.model_card import write_card
+
     folder = Path(folder).resolve()
     config, weights = read_run(folder), _from_run(folder, ema)
-    return _export(RunFolder(folder), config, weights.name, weights.tensors, weights.images_seen)
+    path = _export(RunFolder(folder), config, weights.name, weights.tensors, weights.images_seen)
+    write_card(RunFolder(folder))
+    return path
+
+
+def export_diffusers(folder: Path, ema: str | None, out: Path, label: str | None = None) -> list[str]:
+    """Write the weights of a run or an export as a folder for diffusers. See `export_diffusers.write_diffusers`."""
+    from diffusion_lab.app.build import load_denoiser
+    from diffusion_lab.app.export_diffusers import write_diffusers
+
+    loaded = load_denoiser(folder.resolve(), ema)
+    facts = facts_of(
+        RunFolder(folder.resolve()), loaded.config, loaded.ema, loaded.images_seen, loaded.sha256
+    )
+    return write_diffusers(loaded, out, label=label, facts=facts)
+
+
+def facts_of(
+    folder: RunFolder, config: Mapping[str, Any], name: str, images: int, sha256: str
+) -> dict[str, str]:
+    """Return what a safetensors file says about its tensors.
+
+    Args:
+        folder: The run, or an export.
+        config: Its resolved config.
+        name: Of the average.
+        images: Images behind it.
+        sha256: `hash_tensors` of the denoiser.
+    """
+    kept = {} if folder.record.is_file() else metadata(folder.path / f"{name}.safetensors")
+    told = (record.read(folder.record).get("sessions") or [{}])[-1].get("git") or {}
+    commit = str(told.get("commit", "unknown")) + (" with changes" if told.get("dirty") else "")
+    return {
+        "run": f"{config['name']}/{folder.path.name}",
+        "images_seen": str(images),
+        "average": name,
+        "config": str(record.read(folder.record).get("identity") or identity(config)),
+        "commit": commit,
+        "sha256": sha256,
+        **{key: kept[key] for key in ("run", "config", "commit") if key in kept},
+        "format": "diffusion_lab 1",
+    }
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Return what a safetensors file says about itself; nothing where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, struct.error):
+        return {}
 
 
 def _export(
@@ -188,12 +247,7 @@ def _export(
 ) -> Path:
     folder.export.mkdir(exist_ok=True)
     write_atomically(folder.export / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(_portable(config))))
-    facts = {
-        "run": f"{config['name']}/{folder.path.name}",
-        "images_seen": str(images),
-        "format": "diffusion_lab 1",
-        "average": name,
-    }
+    facts = facts_of(folder, config, name, images, hash_tensors(tensors))
     return _save(tensors, folder.export / f"{name}.safetensors", facts)
 
 
@@ -218,18 +272,36 @@ def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Export one average: `python -m diffusion_lab.app.export <run folder> <ema>`."""
+    """Export weights: `python -m diffusion_lab.app.export <run> [<ema>] [--diffusers <folder> [--label <class>]]`."""
     parser = argparse.ArgumentParser(
-        prog="python -m diffusion_lab.app.export", description="Export one average of a run."
+        prog="python -m diffusion_lab.app.export",
+        description="Export one average of a run: to <run>/export, or as a folder for diffusers.",
     )
-    parser.add_argument("run", type=Path, help="the run folder")
-    parser.add_argument("ema", help="the name of an average, raw, or posthoc_<width>[@<images>]")
+    parser.add_argument("run", type=Path, help="the run folder; with --diffusers also an export")
+    parser.add_argument(
+        "ema",
+        nargs="?",
+        help="the name of an average, raw, or posthoc_<width>[@<images>]; default: the first average",
+    )
+    parser.add_argument(
+        "--diffusers", type=Path, metavar="FOLDER", help="write a diffusers folder here instead"
+    )
+    parser.add_argument(
+        "--label", help="with --diffusers: fix the class (a number, or none), so that no labels are needed"
+    )
     words = parser.parse_args()
     try:
-        print(f"weights  {export_average(words.run, words.ema)}")
+        if words.diffusers is None:
+            if words.label is not None:
+                raise UserError("--label: only with --diffusers")
+            print(f"weights  {export_average(words.run, words.ema)}")
+        else:
+            for line in export_diffusers(words.run, words.ema, words.diffusers, words.label):
+                print(line)
+            print(f"diffusers  {words.diffusers}")
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from diffusion_lab.app.build import Loaded, data_module, instantiate
 from diffusion_lab.app.display import Ticker
+from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.run import digest, write_atomically
 from diffusion_lab.app.stored import TARGET, placed
+from diffusion_lab.denoisers.bridge import BridgeField
 from diffusion_lab.images import to_float
 from diffusion_lab.rng import SampleRNG
 
@@ -51,6 +53,11 @@ def fit_parts(
         part = instantiate(out[name], name)
         if isinstance(part, Tensor) or not hasattr(part, "fit") or getattr(part, "fitted", False):
             continue
+        if isinstance(loaded.denoiser, BridgeField):
+            raise UserError(
+                f"{name}: {type(part).__name__} is fitted to a denoiser, this run's model is the field of a bridge: "
+                "grid=uniform_time with sampler=transport_ode or transport_sde"
+            )
         key = digest(
             {
                 "part": out[name],

@@ -80,7 +80,8 @@ def text(app: str, program: str, folders: Sequence[Path]) -> str:
             "",
             "  --cfg job            print the composed config and do nothing (--resolve: fill in interpolations)",
             "  --info defaults-tree show which files the config comes from",
-            "  -m, --multirun       run every combination of comma-separated values",
+            "  -m, --multirun       run every combination of comma-separated values"
+            + ("; launcher= says where, sweep= which" if app == "train" else ""),
             "  --config-dir DIR     add a folder of your own config groups",
             "  --hydra-help         everything else that Hydra knows",
             f'  Tab completion:      eval "$({program} -sc install=bash)"     (zsh and fish likewise)',

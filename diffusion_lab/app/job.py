@@ -52,6 +52,7 @@ class Job:
         num_classes: Number of classes; 0 for data without labels.
         device: "cpu" or "cuda".
         precision: "32-true" or "bf16-mixed".
+        compile: Whether to compile the network, which changes the last bits of the images.
         generation: Resolved config of how samples are made.
         posterior: What a posterior is sampled for, None where none is: `measurement` (resolved config), `input` (as
             typed), `inputs` (how many), `sha256` (of the images), `draws` (samples an input).
@@ -70,6 +71,7 @@ class Job:
     precision: str
     generation: dict[str, Any]
     posterior: dict[str, Any] | None = None
+    compile: bool = False
 
     @property
     def block(self) -> int:
@@ -82,6 +84,9 @@ class Job:
         kept = asdict(self)
         for key in ("run", "num_samples", "batch_size"):
             kept.pop(key)
+        if not self.compile:
+            # as in records that are older than this key
+            kept.pop("compile")
         if self.posterior is None:
             kept.pop("posterior")
         else:
@@ -202,6 +207,7 @@ def from_config(config: Mapping[str, Any], loaded: Loaded, posterior: Mapping[st
         num_classes=num_classes,
         device=device,
         precision=config["precision"],
+        compile=bool(config["compile"]),
         generation=generation,
         posterior=None if posterior is None else dict(posterior),
     )

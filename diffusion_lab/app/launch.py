@@ -35,7 +35,7 @@ from diffusion_lab.app.errors import UserError
 OWN = "DIFFUSION_LAB_PARENT"
 GRACE_S = 10.0
 POLL_S = 0.05
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,16 @@ def process_count(devices: Any, accelerator: str = "auto") -> int:
     return int(text)
 
 
+def started_by_torchrun() -> bool:
+    """Whether torchrun, or whoever sets its variables, started this process."""
+    return all(key in os.environ for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
 def started_by_others() -> bool:
     """Whether torchrun or srun started this process as one of several."""
     if OWN in os.environ:
         return False
-    if "LOCAL_RANK" in os.environ and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if started_by_torchrun():
         return True
     # a batch script without srun has SLURM variables too, but it is alone
     return all(key in os.environ for key in ("SLURM_PROCID", "SLURM_STEP_ID")) and _number("SLURM_NTASKS") > 1
@@ -91,12 +96,24 @@ def _number(name: str) -> int:
 
 def outer_world() -> tuple[int, int, int]:
     """Return rank, number of processes and processes on each machine, as torchrun or srun set them."""
-    if "LOCAL_RANK" in os.environ and "RANK" in os.environ:
+    if started_by_torchrun():
         world = int(os.environ["WORLD_SIZE"])
         return int(os.environ["RANK"]), world, _number("LOCAL_WORLD_SIZE") or world
     world = _number("SLURM_NTASKS")
     nodes = _number("SLURM_NNODES") or 1
     return _number("SLURM_PROCID"), world, max(1, world // nodes)
+
+
+def refuse_others(app: str) -> None:
+    """Say that an app starts its processes itself, where torchrun or srun has started several.
+
+    Raises:
+        UserError: If they have.
+    """
+    if started_by_others():
+        raise UserError(
+            f"{app} starts its processes itself: give it devices=<number>, and start it once, without torchrun or srun"
+        )
 
 
 def tell_everyone(value: Any) -> Any:
@@ -108,18 +125,35 @@ def tell_everyone(value: Any) -> Any:
     from torch import distributed
 
     if not distributed.is_initialized():
+        if not started_by_torchrun():
+            _speak_torchrun()
         rank, world, _ = outer_world()
-        if "MASTER_ADDR" not in os.environ:
-            from lightning.pytorch.plugins.environments import SLURMEnvironment
-
-            environment = SLURMEnvironment(auto_requeue=False)
-            os.environ["MASTER_ADDR"] = environment.main_address
-            os.environ["MASTER_PORT"] = str(environment.main_port)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, rank=rank, world_size=world)
     box = [value]
     distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def _speak_torchrun() -> None:
+    """Say in torchrun's variables what SLURM says in its own, so that from here on there is one kind of job.
+
+    Lightning's own reading of SLURM refuses `srun -n 4`, is blind in a job that is called "bash", and queues jobs again
+    itself. The port is made from the job's number, so that all processes know it.
+    """
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    rank, world, local = outer_world()
+    names = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST") or "127.0.0.1"
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=os.environ.get("SLURM_LOCALID", str(rank % local)),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(local),
+        GROUP_RANK=os.environ.get("SLURM_NODEID", str(rank // local)),
+    )
+    os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(names))
+    os.environ.setdefault("MASTER_PORT", str(15_000 + _number("SLURM_JOB_ID") % 10_000))
 
 
 def free_port() -> int:

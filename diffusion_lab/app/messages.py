@@ -92,6 +92,38 @@ def check_resume(arguments: Sequence[str]) -> None:
                 raise UserError(f"{argument}: no such folder{tail}")
 
 
+def check_sweep(arguments: Sequence[str], *, multirun: bool) -> None:
+    """Check what is said about a sweep before Hydra plans it.
+
+    Args:
+        arguments: The command line.
+        multirun: Whether it asks for a sweep.
+
+    Raises:
+        UserError: If a plugin is missing, a sweep is set up but not asked for, or torchrun or srun started several
+            processes: each would plan the sweep for itself.
+    """
+    from diffusion_lab.app.launch import started_by_others
+    from diffusion_lab.app.sweep.settings import PLUGINS, check_plugins
+
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        group = key.partition(".")[0]
+        if group not in PLUGINS or argument.startswith("-"):
+            continue
+        if not multirun:
+            raise UserError(f"{argument}: this is for a sweep; add --multirun")
+        if key == group:
+            if "," in value:
+                raise UserError(f"{argument}: a sweep has one {group}")
+            check_plugins({group: value})
+    if multirun and started_by_others():
+        raise UserError(
+            "--multirun under torchrun or srun: each process would plan a sweep of its own; start it once, "
+            "and let every job start its processes: trainer=ddp trainer.devices=<n>"
+        )
+
+
 def _no_option(group: str, option: str, names: Sequence[str]) -> str:
     return f"no option '{option}' in group '{group}'{did_you_mean(option, names)}"
 
@@ -160,6 +192,10 @@ def _malformed(override: str, text: str) -> str:
 
 def _missing(missing: str, text: str, folders: Sequence[Path]) -> str:
     """Tell that a file named by a defaults list or the command line is not there."""
+    from diffusion_lab.app.sweep.settings import EXTRA
+
+    if missing.startswith(("hydra/launcher/", "hydra/sweeper/")):
+        return f"{missing.removeprefix('hydra/')} needs a plugin of Hydra's that is not installed: {EXTRA}"
     groups = options(folders)
     group, _, option = missing.partition("/")
     if group in groups and option:

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lab.app.build import Loaded, generation_of, load_denoiser
+from diffusion_lab.app import sources
+from diffusion_lab.app.build import Loaded, are_pixels, generation_of, load_denoiser
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.inputs import FILE, Measured, read_measured
 from diffusion_lab.app.job import Job, read_job, streams
@@ -88,7 +89,7 @@ def prefill(job: Job, folder: Path, images: np.ndarray) -> None:
 
 
 def collect(job: Job, folder: Path) -> np.ndarray:
-    """Put the parts together: uint8 `(N, H, W, C)` for images, float32 `(N, D)` for other data."""
+    """Put the parts together: uint8 `(N, H, W, C)` for images, float32 `(N, *D)` for other data."""
     out: np.ndarray | None = None
     for part in finished(folder):
         piece = np.load(part_path(folder, part), allow_pickle=False)
@@ -100,8 +101,12 @@ def collect(job: Job, folder: Path) -> np.ndarray:
     return out
 
 
-def to_array(samples: Tensor) -> np.ndarray:
+def to_array(samples: Tensor, pixels: bool = True) -> np.ndarray:
     """Return samples as they are stored: images as bytes with channels last, other data as float32.
+
+    Args:
+        samples: `(B, *D)`.
+        pixels: Whether samples `(B, C, H, W)` are images; latents are not.
 
     Raises:
         UserError: If a sample is not a number.
@@ -111,7 +116,7 @@ def to_array(samples: Tensor) -> np.ndarray:
         raise UserError(
             f"{bad} of {len(samples)} samples are not finite: the model or these sampling settings diverge"
         )
-    if samples.ndim == 4:
+    if samples.ndim == 4 and pixels:
         return to_uint8(samples).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return samples.float().cpu().numpy()
 
@@ -160,12 +165,18 @@ def make(
     )
     generation = generation_of({"generation": placed(job.generation, device)})
     denoiser = loaded.denoiser.to(device)
-    given = _measured(job, folder)
+    if job.compile:
+        denoiser.network.compile()
+    given, data = _measured(job, folder), sources.data_of(job, loaded)
+    pixels = are_pixels(loaded.config)
+
+    def block(start: int) -> np.ndarray:
+        return to_array(_block(job, generation, denoiser, given, data, device, start), pixels)
+
     with _blocks_at_once(device, world) as pool:
         for part in parts:
             starts = range(part.start, part.stop, job.block)
-            done = pool(lambda start: _block(job, generation, denoiser, given, device, start), starts)
-            whole = np.concatenate(list(done))[: len(part)]
+            whole = np.concatenate(list(pool(block, starts)))[: len(part)]
             _save(part_path(folder, part), whole)
             if on_part is not None:
                 on_part(part)
@@ -186,12 +197,13 @@ def _block(
     generation: Generation,
     denoiser: Any,
     given: Measured | None,
+    data: Any,
     device: torch.device,
     start: int,
-) -> np.ndarray:
+) -> Tensor:
     indices = range(start, start + job.block)
     labels = job.label_list(indices)
-    cond: dict[str, Tensor] = {}
+    cond = {name: value.to(device) for name, value in sources.conditions(job, data, indices).items()}
     if labels is not None:
         cond["label"] = torch.tensor(labels, dtype=torch.int64, device=device)
     if given is not None:
@@ -199,8 +211,7 @@ def _block(
     low = torch.autocast(device.type, dtype=torch.bfloat16, enabled=job.precision == "bf16-mixed")
     # both are switches of the thread, and this may be any
     with torch.no_grad(), low:
-        samples = generation(denoiser, seeds=streams(job.seed, indices), cond=cond or None, device=device)
-    return to_array(samples)
+        return generation(denoiser, seeds=streams(job.seed, indices), cond=cond or None, device=device)
 
 
 class _blocks_at_once:

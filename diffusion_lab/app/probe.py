@@ -19,7 +19,9 @@ from diffusion_lab.app.build import Loaded, generation_of
 from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.job import Job, streams
 from diffusion_lab.app.stored import CLASSIFIER, WEAK, placed, replaced
+from diffusion_lab.denoisers.bridge import BridgeField
 from diffusion_lab.process.interpolants import Interpolant
+from diffusion_lab.process.stochastic_interpolant import StochasticInterpolant
 from diffusion_lab.samplers.counting import BlankDenoiser, CountingDenoiser
 from diffusion_lab.samplers.iddpm import LearnedVariance
 from diffusion_lab.typing import NO_LABEL, Cond
@@ -69,6 +71,24 @@ class BlankWithVariance(Blank):
         return self(x, logsnr, cond), torch.zeros_like(x)
 
 
+class BlankField(Blank):
+    """A blank for samplers that follow the field of a bridge.
+
+    Args:
+        interpolant: See `BridgeField`.
+        bridge: The bridge.
+    """
+
+    def __init__(self, interpolant: Interpolant, bridge: StochasticInterpolant) -> None:
+        super().__init__(interpolant)
+        self.bridge = bridge
+
+    def __call__(self, x: Tensor, tau: Tensor, cond: Cond | None = None) -> Any:
+        """Return zeros like `x` twice; every row is one evaluation."""
+        zeros = super().__call__(x, tau, cond)
+        return zeros, zeros
+
+
 class BlankClassifier:
     """A classifier for which all classes are alike.
 
@@ -97,13 +117,12 @@ def probe(job: Job, loaded: Loaded, y: Tensor | None = None) -> Probed:
     """
     method = loaded.config["method"]["denoiser"]
     blanks = {
-        WEAK: {"_target_": f"{__name__}.Blank", "interpolant": method["interpolant"]},
+        WEAK: {"_target_": f"{__name__}.Blank", "interpolant": method.get("interpolant")},
         CLASSIFIER: {"_target_": f"{__name__}.BlankClassifier", "num_classes": job.num_classes},
     }
     node = {**job.generation, "guidance": replaced(job.generation["guidance"], blanks)}
     generation = generation_of({"generation": node})
-    kind = BlankWithVariance if isinstance(loaded.denoiser, LearnedVariance) else Blank
-    blank = kind(loaded.denoiser.interpolant)
+    blank = blank_of(loaded.denoiser)
     labels = job.label_list([0])
     cond: dict[str, Tensor] = {} if labels is None else {"label": torch.tensor(labels)}
     if y is not None:
@@ -124,6 +143,14 @@ def probe(job: Job, loaded: Loaded, y: Tensor | None = None) -> Probed:
         raise UserError(f"these settings cannot be sampled: {one_line(str(error))}") from error
     others = sum(other.calls for other in _blanks(generation.guidance))
     return Probed(calls + others, blank.unconditional)
+
+
+def blank_of(denoiser: Any) -> Blank:
+    """Return the stand-in for a model."""
+    if isinstance(denoiser, BridgeField):
+        return BlankField(denoiser.interpolant, denoiser.bridge)
+    kind = BlankWithVariance if isinstance(denoiser, LearnedVariance) else Blank
+    return kind(denoiser.interpolant)
 
 
 def _blanks(factory: Any, depth: int = 6) -> list[Blank]:

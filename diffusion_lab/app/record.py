@@ -155,7 +155,7 @@ def finish(path: Path, status: str, facts: Mapping[str, Any] | None = None) -> N
 
     Args:
         path: The record.json.
-        status: "finished", "stopped" (by a limit of the trainer), "preempted", "interrupted" or "failed".
+        status: "finished", "stopped" (by a limit of the trainer), "pruned", "preempted", "interrupted" or "failed".
         facts: What the session came to.
     """
     record = read(path)

@@ -37,16 +37,18 @@ LATEST = "latest"
 NOT_IDENTITY = frozenset(
     (
         "name run_id resume max_images paths logger choices overrides generation sampler grid guidance modifiers "
-        "metrics"
+        "metrics launcher sweep"
     ).split()
 )
 # callbacks that only look
 WATCHING = frozenset(
     "AccuracyByNoiseLevel Checkpoints EMASnapshots FrechetDuringTraining LossByNoiseLevel Preemption Progress "
-    "SampleGrid Throughput TrainingLog".split()
+    "PruneHopeless SampleGrid Throughput TrainingLog".split()
 )
 # how fast the data come and from where, not which
-NOT_DATA = frozenset({"root", "num_workers"})
+NOT_DATA = frozenset({"root", "num_workers", "how_to_get", "index_cache"})
+# how fast it is computed and in what memory, at any depth: rounding apart, the same
+NOT_ARITHMETIC = frozenset({"compile_network", "channels_last", "fused"})
 # the trainer's keys that change the arithmetic
 ARITHMETIC = ("precision", "gradient_clip_val", "gradient_clip_algorithm")
 
@@ -190,7 +192,13 @@ def identity_parts(config: Mapping[str, Any]) -> dict[str, Any]:
         for name, node in (kept.get("callbacks") or {}).items()
         if isinstance(node, Mapping) and str(node.get("_target_")).rsplit(".", 1)[-1] not in WATCHING
     }
-    return kept
+    return {key: _without(value, NOT_ARITHMETIC) for key, value in kept.items()}
+
+
+def _without(node: Any, keys: frozenset[str]) -> Any:
+    if isinstance(node, Mapping):
+        return {key: _without(inner, keys) for key, inner in node.items() if key not in keys}
+    return [_without(inner, keys) for inner in node] if isinstance(node, list | tuple) else node
 
 
 def identity(config: Mapping[str, Any]) -> str:

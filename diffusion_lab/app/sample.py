@@ -1,10 +1,11 @@
 """Samples from a run folder or an export: as many as asked for, each from its own seed, in a folder of their own.
 
     <out>/grid.png        the first ones; every class is a column
-    <out>/samples.npz     images: uint8 (N, H, W, C), or float32 (N, D) for data that are no images;
+    <out>/samples.npz     images: uint8 (N, H, W, C), or float32 (N, D) or (N, C, H, W) for points or latents;
                           labels: int64 (N,), -1 for none
     <out>/record.json     which weights, which settings, on what machine
 
+A run whose samples start from images of its data set keeps those too, see `sources.py`.
 With `measurement=` and `input=` they are draws from a posterior, see `posterior.py`. Everything about the arithmetic is
 in `parts.py`. A job that was interrupted goes on where it was; one that is done is found done. A folder that holds
 other samples is never written over.
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import DictConfig
 
-from diffusion_lab.app import launch, parts, posterior, record
+from diffusion_lab.app import launch, parts, posterior, record, sources
 from diffusion_lab.app.build import Loaded, load_denoiser, plain
 from diffusion_lab.app.display import Ticker, facts_table, show, shown
 from diffusion_lab.app.errors import UserError, one_line
@@ -32,9 +34,11 @@ from diffusion_lab.app.inputs import Measured, measured, read_inputs, read_measu
 from diffusion_lab.app.job import STRIDE, Job, from_config, read_job
 from diffusion_lab.app.probe import Probed, check_labels, probe
 from diffusion_lab.app.run import digest, write_atomically
+from diffusion_lab.images import visible
 
 SHOWN_ROWS = 10
 SHOWN_COLUMNS = 16
+SHOWN = SHOWN_ROWS * SHOWN_COLUMNS
 POSTERIOR = "posterior.png"
 
 
@@ -71,15 +75,22 @@ def run(cfg: DictConfig) -> Path:
         ("guidance", " + ".join([str(facts["guidance"]), *facts.get("modifiers", [])])),
         ("seed", str(job.seed)),
         *(posterior.lines(facts["posterior"]) if job.posterior is not None else []),
+        *([sources.line(facts["sources"])] if facts.get("sources") else []),
         (
             "speed",
             f"{facts['made'] / seconds:,.1f} samples/s" if seconds and facts["made"] else "made before",
         ),
-        ("picture", shown(out / (POSTERIOR if (out / POSTERIOR).is_file() else "grid.png"), typed)),
+        ("picture", shown(_picture(out), typed)),
         ("images", shown(out / "samples.npz", typed)),
     ]
     show(facts_table(table, "sampled"))
     return out
+
+
+def _picture(out: Path) -> Path:
+    """Return the picture that says most."""
+    found = [out / name for name in (POSTERIOR, sources.PICTURE) if (out / name).is_file()]
+    return found[0] if found else out / "grid.png"
 
 
 def config_folders(cfg: DictConfig) -> list[Path]:
@@ -161,6 +172,7 @@ def draw(
     Raises:
         UserError: If `out` holds other samples, or the model would be asked what it was not trained for.
     """
+    launch.refuse_others("sampling")
     if (out / "samples.npz").exists():
         told = record.read(out / "record.json")
         if not _is_same(told, job):
@@ -201,7 +213,7 @@ def draw(
     # the seconds are those of what was made now, not of what an earlier job left
     seconds = round(time.perf_counter() - began, 3)
     facts = {**_facts(job, loaded, command, asks), "seconds": seconds, "made": left}
-    return _finish(job, folder, out, facts, given)
+    return _finish(job, loaded, folder, out, facts, given)
 
 
 def _check_begun(job: Job, folder: Path) -> None:
@@ -284,7 +296,7 @@ def _facts(job: Job, loaded: Loaded, command: str, asks: Probed) -> dict[str, An
 
 
 def _finish(
-    job: Job, folder: Path, out: Path, facts: Mapping[str, Any], given: Measured | None
+    job: Job, loaded: Loaded, folder: Path, out: Path, facts: Mapping[str, Any], given: Measured | None
 ) -> dict[str, Any]:
     """Put the parts together; samples.npz comes last, so that it is there only if all is. Returns the record."""
     images = parts.collect(job, folder)
@@ -296,6 +308,10 @@ def _finish(
         columns = job.posterior["draws"]
         told["posterior"] = posterior.numbers(job, given, images)
         posterior.save_picture(job, given, images, out / POSTERIOR)
+    if begun := sources.arrays(job, loaded):
+        arrays |= begun
+        told["sources"] = sources.numbers(images, begun)
+        sources.save_picture(images, begun, out / sources.PICTURE)
     save_grid(images, arrays["labels"], columns, out / "grid.png")
     record.write(out / "record.json", told)
     aside = out / ".samples.npz.tmp"
@@ -322,5 +338,7 @@ def save_grid(images: np.ndarray, labels: np.ndarray, num_classes: int, path: Pa
         return
     from diffusion_lab.app.report.figures import tile
 
+    if images.dtype != np.uint8:
+        images = visible(torch.from_numpy(images[:SHOWN])).permute(0, 2, 3, 1).numpy()
     columns = num_classes if 1 < num_classes <= SHOWN_COLUMNS else SHOWN_ROWS
     tile(images[: columns * SHOWN_ROWS], columns).save(path)

@@ -67,6 +67,8 @@ class Train:
     logger: Any
     metrics: Any
     trainer: Any
+    launcher: Any
+    sweep: Any
 
 
 @dataclass(kw_only=True)
@@ -82,6 +84,7 @@ class Sampling:
     device: str
     devices: int = field(metadata=_at_least(1))
     precision: str
+    compile: bool
     shape: list[int] | None
     num_classes: int | None
     paths: Paths

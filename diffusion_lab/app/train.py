@@ -13,8 +13,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -110,8 +110,9 @@ def _in_ranks(start: resume.Start, world: int) -> None:
             record.finish(start.folder.record, "failed")
         raise
     if record.read(start.folder.record).get("status") in ("preempted", "running"):
-        if record.read(start.folder.record).get("status") == "running":
-            record.finish(start.folder.record, "preempted")
+        # the ranks were told by us: what told us, only we know
+        told = {"signal": ended.signal.name} if ended.signal is not None else None
+        record.finish(start.folder.record, "preempted", told)
         _stop(interrupted=ended.signal == signal.SIGINT)
 
 
@@ -131,35 +132,34 @@ def _stop(*, interrupted: bool) -> None:
 
 
 def _as_one_of_many(cfg: DictConfig) -> Path:
-    """Take part in a job whose processes torchrun or srun started: the first one decides, all read its folder."""
-    rank, _, _ = launch.outer_world()
-    message: tuple[str, Any, Any]
-    start = None
-    try:
-        if rank == 0:
-            start = resume.decide(plain(cfg))
-            config = _settle(cfg, start.folder)
-            finished = start.checkpoint is not None and start.images_seen >= config["max_images"]
-            message = ("done" if finished else "go", str(start.folder.path), start.checkpoint)
-        else:
-            message = ("", None, None)
-    except UserError as error:
-        message = ("error", str(error), None)
-    word, where, checkpoint = launch.tell_everyone(message)
-    if word == "error":
-        raise UserError(where)
-    folder = RunFolder(Path(where))
-    if rank != 0:
+    """Take part in a job whose processes torchrun or srun started: the first one decides, all read its folder.
+
+    The others never look at the config that they composed themselves.
+    """
+    if launch.outer_world()[0] != 0:
+        word, where, checkpoint = launch.tell_everyone(None)
+        if word == "error":
+            raise UserError(where)
+        folder = RunFolder(Path(where))
         if word == "go":
             fit(folder, checkpoint)
         return folder.path
-    assert start is not None
-    with claimed(folder):
-        if word == "go":
+    with ExitStack() as held:
+        try:
+            start = resume.decide(plain(cfg))
+            held.enter_context(claimed(start.folder))
+            config = _settle(cfg, start.folder)
+        except Exception as error:
+            # they are waiting for an answer
+            launch.tell_everyone(("error", one_line(str(error)) or type(error).__name__, None))
+            raise
+        finished = start.checkpoint is not None and start.images_seen >= config["max_images"]
+        launch.tell_everyone(("done" if finished else "go", str(start.folder.path), start.checkpoint))
+        if not finished:
             _open_record(start, config)
-            fit(folder, checkpoint)
-        _conclude(folder, config)
-    return folder.path
+            fit(start.folder, start.checkpoint)
+        _conclude(start.folder, config)
+        return start.folder.path
 
 
 # ---- one process -----------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
     The first process closes the record. See `run` for what is raised.
     """
     from diffusion_lab.app.choices import read_unchecked
-    from diffusion_lab.callbacks import was_preempted
+    from diffusion_lab.callbacks import was_preempted, was_pruned
     from diffusion_lab.loggers import close_loggers
     from diffusion_lab.modules.errors import DoesNotFit
 
@@ -243,6 +243,11 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
             "device": _device(parts.trainer),
             "parameters": sum(p.numel() for p in parts.module.parameters()),
         }
+        if status == "preempted" and (received := _received(parts.callbacks)):
+            facts["signal"] = received
+        if status == "finished" and (reason := was_pruned(parts.callbacks)):
+            status, facts["reason"] = "pruned", reason
+            print(f"pruned: {reason}", flush=True)
         if status == "finished" and seen < config["max_images"]:
             status, facts["stopped_by"] = "stopped", _limit(parts.trainer)
         record.finish(folder.record, status, facts)
@@ -253,6 +258,11 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
             )
         if launch.OWN not in os.environ:
             _stop(interrupted=bool(pressed))
+
+
+def _received(callbacks: Sequence[Any]) -> str | None:
+    """Return the name of the signal that ended a run, if this process got it."""
+    return next((c.received.name for c in callbacks if getattr(c, "received", None) is not None), None)
 
 
 def _limit(trainer: Any) -> str:

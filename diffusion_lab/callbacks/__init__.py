@@ -8,6 +8,7 @@ from diffusion_lab.callbacks.gradient_norm import GradientNorm
 from diffusion_lab.callbacks.loss_by_noise_level import LossByNoiseLevel
 from diffusion_lab.callbacks.preemption import Preemption, was_preempted
 from diffusion_lab.callbacks.progress import Progress
+from diffusion_lab.callbacks.prune import PruneHopeless, was_pruned
 from diffusion_lab.callbacks.sample_grid import SampleGrid
 from diffusion_lab.callbacks.stop import StopAtImages
 from diffusion_lab.callbacks.throughput import Throughput
@@ -22,9 +23,11 @@ __all__ = [
     "LossByNoiseLevel",
     "Preemption",
     "Progress",
+    "PruneHopeless",
     "SampleGrid",
     "StopAtImages",
     "Throughput",
     "TrainingLog",
     "was_preempted",
+    "was_pruned",
 ]

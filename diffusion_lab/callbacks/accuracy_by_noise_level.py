@@ -24,6 +24,7 @@ from diffusion_lab.modules.errors import RunError
 from diffusion_lab.modules.noisy_classifier import NoisyClassifierModule
 from diffusion_lab.process.gaussian import marginal
 from diffusion_lab.rng import SampleRNG
+from diffusion_lab.sharded import unsharded
 
 FILE = "accuracy_by_noise_level.csv"
 COLUMNS = ("images_seen", "logsnr", "accuracy", "cross_entropy", "n")
@@ -67,6 +68,7 @@ class AccuracyByNoiseLevel(StepCallback):
         self.ema, self.seed = ema, seed
         self.path = None if dirpath is None else Path(dirpath) / FILE
         self.last: list[dict[str, float | int]] = []
+        self._measured_at = -1
 
     def on_step(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
         """Measure if due."""
@@ -83,7 +85,7 @@ class AccuracyByNoiseLevel(StepCallback):
                 print(f"accuracy by log-SNR  {'   '.join(cells)}", flush=True)
 
     def measure(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
-        """Measure and write, on the first process alone: the others have no part in it.
+        """Measure and write, on the first process alone; every process must call this.
 
         Raises:
             RunError: If the module trains no classifier, or there is no average of that name.
@@ -92,14 +94,18 @@ class AccuracyByNoiseLevel(StepCallback):
             raise RunError(
                 "accuracy_by_noise_level is for method=noisy_classifier: leave it out of callbacks"
             )
-        if not trainer.is_global_zero or (self.last and self.last[0]["images_seen"] == module.images_seen):
+        if self._measured_at == module.images_seen:
             return
+        self._measured_at = module.images_seen
         found = module.classifiers()
         name = self.ema if len(found) > 1 else "raw"
         if name not in found:
             raise RunError(f"no average is called {name!r}; there are: {', '.join(found)}")
         classifier = found[name]
-        with paused(module), torch.no_grad():
+        # the others help to put a sharded classifier together
+        with paused(module), torch.no_grad(), unsharded(classifier):
+            if not trainer.is_global_zero:
+                return
             training = classifier.training
             classifier.eval()
             x0, label = self._examples(trainer)

@@ -16,6 +16,7 @@ from diffusion_lab.callbacks.base import StepCallback
 from diffusion_lab.ema import EMA, Profile
 from diffusion_lab.modules.diffusion import DiffusionModule
 from diffusion_lab.modules.errors import RunError
+from diffusion_lab.modules.ranks import is_first
 
 
 class EMACallback(StepCallback):
@@ -51,13 +52,15 @@ class EMACallback(StepCallback):
             average.module.to(pl_module.device)
 
     def on_step(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
-        """Move every average towards the live weights."""
+        """Move every average towards the live weights, unless the step left these as they were."""
+        if not module.updated:
+            return
         for average in self.averages.values():
             average.update(module.denoiser, module.images_seen, module.global_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages by name."""
-        return {name: average.state_dict() for name, average in self.averages.items()}
+        """Averages by name, whole; of those that are sharded, only the first process gets the values."""
+        return {name: average.state_dict(keep=is_first()) for name, average in self.averages.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the averages.

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from diffusion_lab.callbacks.base import StepCallback, check_interval, due, paused
 from diffusion_lab.callbacks.ema import EMACallback
@@ -84,14 +85,18 @@ class EMASnapshots(StepCallback):
         if not due(module, interval):
             return
         module.guard.flush()
-        if trainer.is_global_zero and self._source is not None:
-            with paused(module):
-                if interval > self.every_images:
-                    # only what doubling made too many: a run resumed with a longer interval keeps what it has
-                    self._thin_out(interval, module.global_batch_size)
-                for name, average in self._source.averages.items():
-                    if isinstance(average.profile, PowerFunction):
-                        self._write(name, average, average.profile.sigma_rel, module.images_seen)
+        if self._source is None:
+            return
+        with paused(module):
+            if trainer.is_global_zero and interval > self.every_images:
+                # only what doubling made too many: a run resumed with a longer interval keeps what it has
+                self._thin_out(interval, module.global_batch_size)
+            for name, average in self._source.averages.items():
+                if isinstance(average.profile, PowerFunction):
+                    # every process takes part: the average may be spread over them
+                    state = average.state_dict(keep=trainer.is_global_zero)
+                    if trainer.is_global_zero:
+                        self._write(name, average, state, average.profile.sigma_rel, module.images_seen)
 
     def _interval(self, images_seen: int) -> int:
         """Double the interval until no more than `at_most` of them fit."""
@@ -110,8 +115,9 @@ class EMASnapshots(StepCallback):
         found = ((path, snapshot_images(path)) for path in self.dirpath.glob("*.safetensors"))
         return [(path, images) for path, images in found if images is not None]
 
-    def _write(self, name: str, average: EMA, sigma_rel: float, images_seen: int) -> None:
-        state = average.state_dict()
+    def _write(
+        self, name: str, average: EMA, state: dict[str, Tensor], sigma_rel: float, images_seen: int
+    ) -> None:
         learned = {key for key, _ in average.module.named_parameters(remove_duplicate=False)}
         save_snapshot(
             self.dirpath,

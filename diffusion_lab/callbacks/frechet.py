@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusion_lab.callbacks.base import StepCallback, check_interval, due, paused
 from diffusion_lab.callbacks.preemption import was_preempted
-from diffusion_lab.callbacks.sampling import condition, evaluating, labels_for, pick, share
+from diffusion_lab.callbacks.sampling import conditions, evaluating, labels_for, pick, share
 from diffusion_lab.images import to_uint8
 from diffusion_lab.loggers import log_metrics
 from diffusion_lab.metrics.features import FeatureExtractor
@@ -137,10 +137,11 @@ class FrechetDuringTraining(StepCallback):
         with evaluating(denoiser):
             for start in range(0, len(mine), self.batch_size):
                 indices = mine[start : start + self.batch_size]
+                seeds, labels = [self.seed + i for i in indices], labels_for(indices, num_classes)
                 samples = self.generation(
                     denoiser,
-                    seeds=[self.seed + i for i in indices],
-                    cond=condition(labels_for(indices, num_classes), module.device),
+                    seeds=seeds,
+                    cond=conditions(trainer, seeds, labels, module.device),
                     device=module.device,
                 )
                 batches.append(as_stored(samples))

@@ -32,6 +32,7 @@ class Preemption(StepCallback):
 
     Attributes:
         stopped: Whether this run was ended by a signal (on any process).
+        received: The first signal that this very process was sent; None where there was none.
 
     Raises:
         ValueError: If a signal's name is unknown.
@@ -44,12 +45,12 @@ class Preemption(StepCallback):
             raise ValueError(f"unknown signal {unknown[0]!r}")
         self.signals = [signal.Signals[name] for name in signals]
         self.stopped = False
-        self._received = False
+        self.received: signal.Signals | None = None
         self._previous: dict[int, Any] = {}
         self._group: torch.distributed.ProcessGroup | None = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        self.received = self.received or signal.Signals(number)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remember the handlers that were there before Lightning's."""
@@ -65,7 +66,7 @@ class Preemption(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
         """Agree, and stop if anyone was told to."""
-        received = self._received
+        received = self.received is not None
         if self._group is not None:
             flag = torch.tensor([float(received)])
             torch.distributed.all_reduce(flag, group=self._group)

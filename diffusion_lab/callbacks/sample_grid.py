@@ -20,7 +20,7 @@ from diffusion_lab.callbacks.base import StepCallback, check_interval, due, paus
 from diffusion_lab.callbacks.pictures import scatter, tile
 from diffusion_lab.callbacks.preemption import was_preempted
 from diffusion_lab.callbacks.sampling import (
-    condition,
+    conditions,
     evaluating,
     gather,
     labels_for,
@@ -106,7 +106,7 @@ class SampleGrid(StepCallback):
             samples = self._sample(trainer, module, n, num_classes)
             pictures = {"samples/grid": self._grid(samples, columns, flat)}
             if self.trajectories:
-                pictures["samples/trajectory"] = self._trajectory(module, num_classes, flat)
+                pictures["samples/trajectory"] = self._trajectory(trainer, module, num_classes, flat)
             if trainer.is_global_zero:
                 self.dirpath.mkdir(parents=True, exist_ok=True)
                 for name, picture in pictures.items():
@@ -115,22 +115,27 @@ class SampleGrid(StepCallback):
 
     def _sample(self, trainer: pl.Trainer, module: DiffusionModule, n: int, num_classes: int) -> Tensor:
         """Make `n` samples on all processes, and give all of them to each."""
-        mine = share(n, trainer)
-        if mine:
-            samples = self._generate(module, mine, num_classes, None)
-        else:
-            samples = torch.zeros((0, *self.generation.shape), device=module.device)
+        samples = self._generate(trainer, module, share(n, trainer), num_classes, None)
         return gather(samples, n, trainer)
 
     def _generate(
-        self, module: DiffusionModule, indices: list[int], num_classes: int, on_step: OnStep | None
+        self,
+        trainer: pl.Trainer,
+        module: DiffusionModule,
+        indices: list[int],
+        num_classes: int,
+        on_step: OnStep | None,
     ) -> Tensor:
         denoiser = pick(module, self.ema)
+        # a process without a share still helps to put a sharded denoiser together
         with evaluating(denoiser):
+            if not indices:
+                return torch.zeros((0, *self.generation.shape), device=module.device)
+            seeds, labels = [self.seed + i for i in indices], labels_for(indices, num_classes)
             return self.generation(
                 denoiser,
-                seeds=[self.seed + i for i in indices],
-                cond=condition(labels_for(indices, num_classes), module.device),
+                seeds=seeds,
+                cond=conditions(trainer, seeds, labels, module.device),
                 device=module.device,
                 on_step=on_step,
             )
@@ -140,12 +145,18 @@ class SampleGrid(StepCallback):
             return tile(torch.stack([scatter(samples[c::columns]) for c in range(columns)]), min(columns, 5))
         return tile(samples, columns)
 
-    def _trajectory(self, module: DiffusionModule, num_classes: int, flat: bool) -> Image.Image:
+    def _trajectory(
+        self, trainer: pl.Trainer, module: DiffusionModule, num_classes: int, flat: bool
+    ) -> Image.Image:
         # few enough for every process to make all of them, so nothing has to be sent
         count = POINTS if flat else self.trajectories
         kept: list[Tensor] = []
         self._generate(
-            module, list(range(count)), num_classes, lambda index, logsnr, x, x0: kept.append(x0.detach())
+            trainer,
+            module,
+            list(range(count)),
+            num_classes,
+            lambda index, logsnr, x, x0: kept.append(x0.detach()),
         )
         moments = min(self.moments, len(kept))
         chosen = [kept[round(i * (len(kept) - 1) / max(1, moments - 1))] for i in range(moments)]

@@ -7,7 +7,7 @@ r, r + R, ...
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.modules.diffusion import DiffusionModule
 from diffusion_lab.modules.errors import RunError
+from diffusion_lab.sharded import unsharded
 from diffusion_lab.typing import Cond, DenoiserFn
 
 
@@ -32,13 +33,16 @@ def pick(module: DiffusionModule, ema: str) -> DenoiserFn:
 
 @contextmanager
 def evaluating(denoiser: DenoiserFn) -> Iterator[None]:
-    """Switch dropout off and gradients, and put things back as they were."""
+    """Switch dropout off and gradients, hold sharded weights whole, and put things back as they were.
+
+    If the denoiser is sharded, every process must enter and leave; between, each calls it as often as it likes.
+    """
     module = denoiser if isinstance(denoiser, nn.Module) else None
     training = module is not None and module.training
     if module is not None:
         module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unsharded(module) if module is not None else nullcontext():
             yield
     finally:
         if module is not None and training:
@@ -50,9 +54,15 @@ def labels_for(indices: Sequence[int], num_classes: int) -> Tensor | None:
     return torch.tensor([i % num_classes for i in indices], dtype=torch.int64) if num_classes > 0 else None
 
 
-def condition(labels: Tensor | None, device: torch.device) -> Cond | None:
-    """Make the conditions of labelled samples."""
-    return None if labels is None else {"label": labels.to(device)}
+def conditions(
+    trainer: pl.Trainer, seeds: Sequence[int], labels: Tensor | None, device: torch.device
+) -> Cond | None:
+    """Make the conditions of samples: their labels, and what the data set gives besides (`DataModule.conditions`)."""
+    given = {} if labels is None else {"label": labels}
+    more = getattr(getattr(trainer, "datamodule", None), "conditions", None)
+    if more is not None:
+        given = {**given, **more(seeds, labels)}
+    return {name: value.to(device) for name, value in given.items()} or None
 
 
 def share(n: int, trainer: pl.Trainer) -> list[int]:

@@ -21,6 +21,7 @@ from diffusion_lab.callbacks.base import StepCallback, check_interval, due, sync
 from diffusion_lab.denoisers import NetworkDenoiser
 from diffusion_lab.loggers import log_metrics
 from diffusion_lab.modules.diffusion import DiffusionModule
+from diffusion_lab.sharded import unsharded
 
 COUNTED = 2
 """Examples in the counted pass."""
@@ -37,10 +38,11 @@ def flop_per_example(denoiser: NetworkDenoiser, batch: Mapping[str, Tensor]) -> 
     """
     few = {name: value[:COUNTED] for name, value in batch.items()}
     x0 = few.pop("x0")
-    parameters = [p for p in denoiser.parameters() if p.requires_grad]
     counter = FlopCounterMode(display=False)
     # a compiled network hides its operators from the counter
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), counter:
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), unsharded(denoiser), counter:
+        # the parameters as they are now: where they are sharded, others stand in their place meanwhile
+        parameters = [p for p in denoiser.parameters() if p.requires_grad]
         out = denoiser.predict(x0, torch.zeros(x0.shape[0], device=x0.device), few or None)
         torch.autograd.grad(out.raw.float().sum(), parameters, allow_unused=True)
     return counter.get_total_flops() / x0.shape[0]

@@ -2,88 +2,40 @@
 
     <root>/<class>/**/*.png      with labels, classes in alphabetical order
     <root>/*.png                 without labels
+    <root>/train-*.tar           the same as shards, which `python -m diffusion_lab.data.convert` makes of such a folder
 
-Where <root> has folders `train` and `test`, those are the splits; otherwise every tenth file, in alphabetical order, is
-for testing. Files and folders whose name begins with a dot are passed over.
+Where <root> has a folder `train`, that is the training split, and `test` or `val` beside it the other; otherwise every
+tenth file, in alphabetical order, is for testing. Files and folders whose name begins with a dot are passed over.
 
-A picture is turned upright (EXIF), laid on white where it is transparent, reduced to 8 bits, and centre-cropped to a
-square, resized with antialiasing: Pillow's box filter while it more than halves, then bicubic (ADM's preprocessing).
-
-References:
-    Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021 (preprocessing).
+How a picture becomes pixels is in `pictures.py`: centre crop and antialiased resizing, ADM's.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusion_lab.data.base import DataModule
 from diffusion_lab.data.errors import DataError
 from diffusion_lab.data.loader import Source
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-# what Pillow's decoders raise over damaged files
-BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+from diffusion_lab.data.pictures import (
+    BROKEN,
+    SUFFIXES,
+    Preparation,
+    centre_crop,
+    eight_bits,
+    read_picture,
+    read_pictures,
 )
+from diffusion_lab.data.shards.manifest import read_classes
+from diffusion_lab.data.shards.paths import has_shards
+from diffusion_lab.data.shards.reader import open_shards
 
-
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """Return the centre square of `picture`, resized to `size` pixels a side; mode as given, "L" or "RGB"."""
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    wide = tuple(max(size, round(side * scale)) for side in picture.size)
-    picture = picture.resize((wide[0], wide[1]), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
-
-
-def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
-    """Return `picture` upright, without transparency, in `mode`, "L" or "RGB".
-
-    Raises:
-        ValueError: If its pixels are 32-bit integers or floats, whose range nobody knows.
-    """
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):
-        # convert() clips such grey levels at 255, which turns all but the darkest white
-        picture = Image.fromarray(np.round(np.asarray(picture) / 257.0).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of mode {picture.mode}, not 8 or 16 bits")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert(mode)
-
-
-def read_picture(path: Path, size: int, channels: int) -> Tensor:
-    """Return a picture as uint8 `(channels, size, size)`.
-
-    Raises:
-        DataError: If it cannot be decoded; names the file.
-    """
-    try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(centre_crop(eight_bits(picture, "L" if channels == 1 else "RGB"), size))
-    except BROKEN as error:
-        raise DataError(f"{path} is not a readable image: {' '.join(str(error).split())}") from error
-    return torch.from_numpy(np.array(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)))
+__all__ = ["BROKEN", "SUFFIXES", "ImageFolder", "Pictures", "centre_crop", "eight_bits", "read_picture"]
 
 
 class Pictures:
@@ -92,12 +44,11 @@ class Pictures:
     Args:
         paths: Files.
         labels: One for each file, or None.
-        size: Side in pixels.
-        channels: 1 or 3.
+        preparation: How they become pixels.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int] | None, size: int, channels: int) -> None:
-        self.paths, self.size, self.channels = list(paths), size, channels
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int] | None, preparation: Preparation) -> None:
+        self.paths, self.preparation = list(paths), preparation
         self.labels = None if labels is None else torch.tensor(labels)
 
     def __len__(self) -> int:
@@ -105,17 +56,18 @@ class Pictures:
 
     def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """See `Source`."""
-        images = torch.stack([read_picture(self.paths[k], self.size, self.channels) for k in indices])
+        images = read_pictures([self.paths[k] for k in indices], self.preparation)
         return images, None if self.labels is None else self.labels[torch.from_numpy(indices)]
 
 
 class ImageFolder(DataModule):
-    """Pictures below a folder.
+    """Pictures below a folder, or shards in it.
 
     Args:
         root: The folder.
         shape: `(channels, size, size)`; 1 channel for grey, 3 for colour.
         num_classes: Number of class folders; 0 to ignore classes.
+        how_to_get: Added to the message where the folder is missing.
         batch_size: See `DataModule`.
         seed: See `DataModule`.
         num_workers: See `DataModule`.
@@ -131,6 +83,7 @@ class ImageFolder(DataModule):
         root: str,
         shape: Sequence[int],
         num_classes: int,
+        how_to_get: str | None = None,
         batch_size: int,
         seed: int,
         num_workers: int = 0,
@@ -141,7 +94,13 @@ class ImageFolder(DataModule):
         if channels not in (1, 3) or size != width:
             raise ValueError(f"image_folder needs a shape (1 or 3, side, side), got {tuple(shape)}")
         self.root, self.shape, self.num_classes = Path(root), (channels, size, size), num_classes
+        self.preparation = Preparation(size=size, channels=channels)
+        self.how_to_get = how_to_get
         self.name = self.root.name or "image_folder"
+
+    def missing(self, what: str) -> DataError:
+        """Return the error that says what is missing, and how to get it."""
+        return DataError(f"{what}: {self.how_to_get or 'set dataset.root'}")
 
     def _classes(self, folder: Path) -> list[str]:
         names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -152,7 +111,7 @@ class ImageFolder(DataModule):
     def _labels(self, folder: Path, paths: Sequence[Path]) -> list[int]:
         classes = {name: k for k, name in enumerate(self.class_names)}
         if self._classes(folder) != list(classes):
-            raise DataError(f"{folder} has other class folders than {self._folder('train')}")
+            raise DataError(f"{folder} has other class folders than {self.folder('train')}")
         stray = next((p for p in paths if p.parent == folder), None)
         if stray is not None:
             raise DataError(f"{stray} is in no class folder, but num_classes={self.num_classes}")
@@ -161,26 +120,49 @@ class ImageFolder(DataModule):
     @property
     def class_names(self) -> Sequence[str]:
         """Names of the class folders."""
-        return self._classes(self._folder("train")) if self.num_classes else []
+        if not self.num_classes:
+            return []
+        if has_shards(self.root):
+            return read_classes(self.root) or super().class_names
+        return self._classes(self.folder("train"))
 
-    def _folder(self, split: str) -> Path:
+    def folder(self, split: str) -> Path:
+        """Return the folder of a split: its own, or the one that both share."""
         if not self.root.is_dir():
-            raise DataError(f"there is no folder {self.root}: set dataset.root")
-        own = self.root / split
-        return own if own.is_dir() and (self.root / "test").is_dir() else self.root
+            raise self.missing(f"there is no folder {self.root}")
+        names = {p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(".")}
+        test = next((name for name in ("test", "val") if name in names), None)
+        if "train" in names and test is not None:
+            return self.root / ("train" if split == "train" else test)
+        # alone it is the training split, not one class of a thousand
+        return self.root / "train" if names == {"train"} and self.num_classes != 1 else self.root
 
     @staticmethod
-    def _wanted(path: Path) -> bool:
+    def wanted(path: Path) -> bool:
         """Whether a path below the folder is a picture's; `._0.png` and `.thumbnails/0.png` are not."""
         return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
+    def shards(self, split: str) -> Source:
+        """Return the shards of the folder as a source."""
+        return open_shards(
+            self.root,
+            split,
+            shape=self.shape,
+            num_classes=self.num_classes,
+            preparation=self.preparation,
+        )
+
     def source(self, split: str) -> Source:
         """See `DataModule.source`."""
-        folder = self._folder(split)
-        paths = sorted(p for p in folder.rglob("*") if self._wanted(p.relative_to(folder)) and p.is_file())
-        if folder == self.root:
+        if has_shards(self.root):
+            return self.shards(split)
+        folder = self.folder(split)
+        paths = sorted(p for p in folder.rglob("*") if self.wanted(p.relative_to(folder)) and p.is_file())
+        if self.folder("train") == self.folder("test"):
             paths = [p for k, p in enumerate(paths) if (k % 10 == 9) == (split == "test")]
         if not paths:
-            raise DataError(f"{folder} holds no images for the {split} split ({', '.join(sorted(SUFFIXES))})")
+            raise self.missing(
+                f"{folder} holds no images for the {split} split ({', '.join(sorted(SUFFIXES))})"
+            )
         labels = self._labels(folder, paths) if self.num_classes else None
-        return Pictures(paths, labels, self.shape[1], self.shape[0])
+        return Pictures(paths, labels, self.preparation)

@@ -7,8 +7,8 @@
 
     x0 = scale (latent - shift)         a number a channel, or one for all
 
-so that x0 has the standard deviation that the denoiser assumes (`sigma_data`). A sample is a latent: to see it,
-divide by `scale`, add `shift`, and decode.
+so that x0 has the standard deviation that the denoiser assumes (`sigma_data`). `encode.py` makes these files from a
+data set of images. A sample is a latent, too; `decode.py` makes images of samples.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class Latents(DataModule):
     Raises:
         ValueError: If `shift` or `scale` has neither one number nor one a channel.
     """
+
+    pixels = False
 
     def __init__(
         self,

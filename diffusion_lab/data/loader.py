@@ -4,6 +4,9 @@
 
 A batch is fetched as a whole (`__getitems__`), so an in-memory set costs a few indexing calls a batch and no collation.
 Every batch is a function of the seed and its positions, so workers and prefetching change nothing but the speed.
+
+A source that had to replace unreadable examples says which in `skipped`; the batch carries that, under the same name,
+from the worker to whoever counts (`DataModule`). Most batches have no such entry.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusion_lab.data.order import GlobalBatches, coin, order
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
 class Source(Protocol):
@@ -75,7 +78,9 @@ class Examples(Dataset[Batch]):
         if self.flip:
             mirrored = torch.from_numpy(coin(self.seed, at))
             x0 = torch.where(mirrored.view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
-        return {"x0": x0} if label is None else {"x0": x0, "label": label}
+        batch: Batch = {"x0": x0} if label is None else {"x0": x0, "label": label}
+        skipped = getattr(self.source, "skipped", None)
+        return {**batch, "skipped": list(skipped)} if skipped else batch
 
 
 def _whole(batch: Any) -> Any:

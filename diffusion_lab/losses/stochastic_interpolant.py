@@ -18,14 +18,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from diffusion_lab.denoisers.bridge import SOURCE
 from diffusion_lab.losses.conditioning import drop_labels
 from diffusion_lab.losses.denoising import LossTerms
 from diffusion_lab.process.stochastic_interpolant import Field, StochasticInterpolant, bridge, velocity_target
 from diffusion_lab.rng import StepRNG
 from diffusion_lab.typing import Cond
-
-SOURCE = "image"
-"""The key of a `Cond` that holds the source of each example."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from diffusion_lab.modules.learning_rate import Constant, LRSchedule
 from diffusion_lab.modules.ranks import sum_over_ranks
 from diffusion_lab.networks.magnitude_preserving import magnitude_preserving, normalize_weights
 from diffusion_lab.rng import StepRNG, derive_seed
+from diffusion_lab.sharded import blocks, is_sharded, shard
 from diffusion_lab.typing import DenoiserFn
 
 
@@ -49,6 +50,19 @@ def seed_global(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
+def match_layout(optimizer: Optimizer) -> None:
+    """Give an optimizer's slots the order in memory of their parameters.
+
+    A checkpoint of a run with other strategies or `channels_last` has them in another order, and fused optimizers walk
+    through the memory without looking: they would pair every weight with another one's moments.
+    """
+    for parameter, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if value.stride() != parameter.stride():
+                    slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 
@@ -56,20 +70,24 @@ class DiffusionModule(pl.LightningModule):
     """Trains `denoiser` by `loss`.
 
     Args:
-        denoiser: The denoiser whose network learns.
+        denoiser: The denoiser whose network learns, or the field of a bridge (`denoisers/bridge.py`).
         loss: Turns a clean batch into losses, as `DenoisingLoss` does; its own parameters, if any, learn too, and so
             does what is `Adaptive` in it.
         optimizer: Callable that takes the parameters and returns an optimizer.
         lr_schedule: Factor on the optimizer's learning rate, a function of the images seen; None means 1.
         seed: The run's seed.
         global_batch_size: Examples of one optimizer step, over all processes and accumulated micro-batches.
-        compile_network: Whether to `torch.compile` the network, in place, so that checkpoint keys do not change.
+        compile_network: Whether to `torch.compile` the network, in place, so that checkpoint keys do not change. If the
+            network is sharded, its blocks are compiled one by one.
         channels_last: Whether to keep the convolution weights in channels-last order.
 
     Attributes:
         images_seen: Training examples behind the current weights. THE clock.
         averages: Averaged copies of the denoiser by name, filled by the EMA callback.
         stepped: Whether the batch that just ended closed an optimizer step (false within an accumulation).
+        updated: Whether that step changed the weights: the loss scaler of `precision=16-mixed` leaves a step out when a
+            gradient overflowed. The clock counts it all the same, for its images were drawn and are not drawn again;
+            averages do not.
         terms: Losses of the micro-batches of the current step on this process, detached.
         guard: Checks that losses and gradients are finite; see `FiniteGuard`.
         paused_s: Seconds that sampling, scoring and saving took, which throughput does not count.
@@ -108,10 +126,12 @@ class DiffusionModule(pl.LightningModule):
         self.averages: dict[str, NetworkDenoiser] = {}
         self.guard = FiniteGuard()
         self.stepped = False
+        self.updated = False
         self.terms: list[LossTerms] = []
         self.paused_s = 0.0
         self._micro = 0
         self._base_lr: list[float] = []
+        self._replicated: list[nn.Parameter] = []
         self._magnitude_preserving = magnitude_preserving(denoiser)
 
     def denoisers(self) -> Mapping[str, DenoiserFn]:
@@ -140,9 +160,26 @@ class DiffusionModule(pl.LightningModule):
 
     # ---- Lightning: before training ----------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Shard the networks, live and averaged, if the trainer's strategy does that (`trainer=fsdp2`).
+
+        The loss stays whole on every process: its schedule is asked in many ways, and has few parameters.
+        """
+        mesh = self.device_mesh
+        if mesh is None or is_sharded(self.denoiser):
+            return
+        for denoiser in (self.denoiser, *self.averages.values()):
+            shard(denoiser.network, mesh["data_parallel"])
+        self._replicated = [p for p in self.loss.parameters() if p.requires_grad]
+
     def configure_optimizers(self) -> Optimizer:
         """Build the optimizer; the learning rate it was given is what the schedule multiplies."""
         optimizer = self.optimizer_factory(self.parameters_to_train())
+        # a fused optimizer would unscale float16's gradients itself, after they were measured and clipped, and would
+        # not tell whether it left a step out
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer.register_step_post_hook(self._note_update)
+        optimizer.register_load_state_dict_post_hook(match_layout)
         self._base_lr = [float(group["lr"]) for group in optimizer.param_groups]
         return optimizer
 
@@ -158,7 +195,9 @@ class DiffusionModule(pl.LightningModule):
             # it would replace the loader's own order, silently
             raise RunError("with several processes the trainer needs use_distributed_sampler=false")
         if self.compile_network:
-            self.denoiser.network.compile()
+            network = self.denoiser.network
+            for part in blocks(network) if is_sharded(network) else [network]:
+                part.compile()
 
     def on_train_start(self) -> None:
         """Derive Lightning's step counter from the clock, for whoever looks at `trainer.global_step`."""
@@ -203,6 +242,16 @@ class DiffusionModule(pl.LightningModule):
         """Mean loss of the current step on this process, 0-d, still on its device."""
         return torch.stack([t.total for t in self.terms]).mean()
 
+    def on_after_backward(self) -> None:
+        """Average the gradients that neither DDP nor FSDP2 sees, those of a loss beside a sharded network."""
+        if self._micro == self.trainer.accumulate_grad_batches:
+            for p in self._replicated:
+                if p.grad is not None:
+                    sum_over_ranks(p.grad).div_(self.trainer.world_size)
+
+    def _note_update(self, optimizer: Optimizer, args: Any, options: Any) -> None:
+        self.updated = True
+
     def optimizer_step(
         self,
         epoch: int,
@@ -214,6 +263,7 @@ class DiffusionModule(pl.LightningModule):
         factor = self.lr_schedule(self.images_seen)
         for group, lr in zip(optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = lr * factor
+        self.updated = False
         optimizer.step(closure=optimizer_closure)
         normalize_weights(self._magnitude_preserving)
         if isinstance(self.loss, Adaptive):

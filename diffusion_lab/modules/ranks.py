@@ -11,3 +11,9 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
     return values
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes; alone it is."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not there or torch.distributed.get_rank() == 0

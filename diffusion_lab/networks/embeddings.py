@@ -74,7 +74,8 @@ class LabelEmbedding(nn.Module):
 
         Raises:
             ValueError: If a label on the CPU is neither a class nor `NO_LABEL`. On a GPU the embedding's own check on
-                the device answers, because reading the labels here would make every step wait.
+                the device answers, because reading the labels here would make every step wait; so it does in a
+                compiled network, whose graph a look at the labels would break.
         """
         if cond is not None and "label_embedding" in cond:
             return cond["label_embedding"]
@@ -83,7 +84,7 @@ class LabelEmbedding(nn.Module):
             label = torch.full((batch,), null, device=self.table.weight.device)
         else:
             label = cond["label"]
-            if label.device.type == "cpu":
+            if label.device.type == "cpu" and not torch.compiler.is_compiling():
                 low, high = (int(v) for v in label.aminmax())
                 if low < NO_LABEL or high >= null:
                     wrong = low if low < NO_LABEL else high

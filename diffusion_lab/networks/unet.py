@@ -76,10 +76,12 @@ class UNet(nn.Module):
         token_width: Width of text tokens, which are attended to wherever pixels are; 0 for none.
         image_channels: Channels of a conditioning image, concatenated to the input; 0 for none.
         checkpointing: Whether to save memory in training by computing activations twice, a block at a time.
+        patch: Side of the squares of pixels that become the channels of one point, before the first convolution and
+            back after the last: some patch² times cheaper. `attention` then names sides from `size / patch` on.
 
     Raises:
-        ValueError: If `size` cannot be halved often enough, an attention side is not that of any level, or `blocks` has
-            not one number a level.
+        ValueError: If `size` cannot be cut and halved often enough, an attention side is not that of any level, or
+            `blocks` has not one number a level.
     """
 
     def __init__(
@@ -101,13 +103,15 @@ class UNet(nn.Module):
         token_width: int = 0,
         image_channels: int = 0,
         checkpointing: bool = False,
+        patch: int = 1,
     ) -> None:
         super().__init__()
-        sides = [size >> level for level in range(len(multipliers))]
-        if size % (1 << (len(multipliers) - 1)):
+        if size % (patch << (len(multipliers) - 1)):
+            cut = "" if patch == 1 else f"cut into patches of {patch} and "
             raise ValueError(
-                f"images of side {size} cannot be halved {len(multipliers) - 1} times; choose another model="
+                f"images of side {size} cannot be {cut}halved {len(multipliers) - 1} times; choose another model="
             )
+        sides = [size // patch >> level for level in range(len(multipliers))]
         if set(attention) - set(sides):
             raise ValueError(
                 f"attention at sides {sorted(set(attention) - set(sides))}, but the levels have sides {sides}; "
@@ -121,7 +125,7 @@ class UNet(nn.Module):
                 "text is attended to where pixels are, and this network has no attention: attention=[...]"
             )
         width = 4 * channels
-        self.checkpointing = checkpointing
+        self.checkpointing, self.patch = checkpointing, patch
         self.conditioning = Conditioning(
             features=channels,
             width=width,
@@ -152,7 +156,7 @@ class UNet(nn.Module):
             attends = side in attention and change == "none"
             return Stage(block, *(attentions(outputs) if attends else (None, None)))
 
-        self.conv_in = nn.Conv2d(in_channels + image_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d((in_channels + image_channels) * patch**2, channels, 3, padding=1)
         self.down, skips, now = nn.ModuleList(), [channels], channels
         for level, (side, multiplier) in enumerate(zip(sides, multipliers, strict=True)):
             for _ in range(counts[level]):
@@ -174,7 +178,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(stage(now, now, side * 2, "up"))
         self.norm_out = group_norm(now)
-        self.conv_out = zero_init(nn.Conv2d(now, out_channels or in_channels, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(now, (out_channels or in_channels) * patch**2, 3, padding=1))
         # convolutions run faster with the channels innermost, on CPUs and on tensor cores alike
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -193,6 +197,7 @@ class UNet(nn.Module):
         embedding = self.conditioning(logsnr, cond, x.shape[0])
         tokens = self.conditioning.tokens(cond, x.shape[0])
         x = self.conditioning.with_image(x, cond)
+        x = F.pixel_unshuffle(x, self.patch)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for stage in self.down:
@@ -205,4 +210,4 @@ class UNet(nn.Module):
             if stage.block.change == "none":
                 x = torch.cat([x, skips.pop()], dim=1)
             x = run(stage, x, embedding, tokens, checkpointing=self.checkpointing)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)

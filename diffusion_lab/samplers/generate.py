@@ -11,6 +11,8 @@ itself, by attributes of its class:
     takes_modifiers = False    its sampler puts the guided answer together, out of a modifier's reach
     adaptive = True            how often it calls the denoiser depends on the answers
     remembers = "momentum"     with this argument it remembers the evaluation before
+
+The field of a bridge may stand in for the denoiser; its sampler `carries`, see `transport_samplers.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from diffusion_lab.process.interpolants import Interpolant
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import Sampler
 from diffusion_lab.samplers.counting import BlankDenoiser, CountingDenoiser
+from diffusion_lab.samplers.transport_samplers import check_kinds
 from diffusion_lab.typing import SEED, Cond, DenoiserFn, GuidanceFactory, OnStep
 
 
@@ -128,8 +131,9 @@ class Generation:
             on_step: See `Stepper.__call__`.
 
         Raises:
-            ValueError: If the grid starts where the process has infinite noise.
+            ValueError: If the grid starts where the process has infinite noise, or the sampler is one for other models.
         """
+        check_kinds(denoiser, self.sampler)
         rng = SampleRNG(seeds)
         if any(_says(factory, "draws") for factory in (self.guidance, *self._modifiers)):
             cond = {**(cond or {}), SEED: torch.tensor(list(seeds), dtype=torch.int64, device=device)}

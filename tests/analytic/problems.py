@@ -28,11 +28,13 @@ def _from_conf(path):
     return hydra.utils.instantiate(node, _convert_="all")
 
 
-# every file of conf/sampler that needs no model to be fitted to first nor one with a learned variance, and options that
-# change the arithmetic
+# every file of conf/sampler that needs no model to be fitted to first nor one with a learned variance nor the field of
+# a bridge, and options that change the arithmetic
 ALL_SAMPLERS = {path.stem: _from_conf(path) for path in sorted(CONF.glob("*.yaml")) if path.stem != "iddpm"}
 ALL_SAMPLERS = {
-    name: sampler for name, sampler in ALL_SAMPLERS.items() if getattr(sampler, "fitted", True)
+    name: sampler
+    for name, sampler in ALL_SAMPLERS.items()
+    if getattr(sampler, "fitted", True) and not getattr(sampler, "carries", False)
 } | {
     "ddim_half": DDIM(eta=0.5),
     "ddim_one": DDIM(eta=1.0),

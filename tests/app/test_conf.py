@@ -23,6 +23,9 @@ FILES = [(group, option) for group, names in GROUPS.items() for option in names]
 # what some options need beside them
 COMPANY = {
     ("dataset", "image_folder"): ["dataset.root=somewhere"],
+    ("dataset", "latents"): ["dataset.root=somewhere"],
+    ("dataset", "shards"): ["dataset.root=somewhere"],
+    ("dataset", "shards_stream"): ["dataset.urls='https://host/train-{0..9}.tar'"],
     ("dataset", "toy"): ["model=mlp"],
     ("model", "mlp"): ["dataset=toy"],
     ("model", "unet_mnist"): ["dataset=mnist"],
@@ -150,8 +153,9 @@ def test_a_group_file_names_at_most_one_target_and_explains_itself(file: Path):
     group = file.relative_to(CONF).parts[0]
     if group == "experiment":
         assert text.startswith("# @package _global_\n# "), "an experiment says where it comes from"
-    # a method is a small assembly: module, denoiser, a loss that may wrap a loss; a sampler may hold another part
-    most = {"method": 4, "sampler": 2, "schedule": 2, "averages": 2}
+    # a method is a small assembly: module, denoiser, a loss that may wrap a loss, or the bridge with its path; a
+    # sampler may hold another part, and a data set the one that it makes pairs of
+    most = {"method": 5, "dataset": 2, "sampler": 2, "schedule": 2, "averages": 2}
     assert text.count("_target_:") <= most.get(group, 1)
 
 
@@ -212,7 +216,9 @@ def test_every_paper_has_a_laptop_sibling(folder: Path):
         assert (folder / "digits.yaml").is_file()
 
 
-@pytest.mark.parametrize("experiment", ["digits/quickstart", "toy/quickstart"])
+@pytest.mark.parametrize(
+    "experiment", ["digits/quickstart", pytest.param("toy/quickstart", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "group", ["schedule", "sampler", "guidance", "lr_schedule", "prediction", "weighting", "averages"]
 )

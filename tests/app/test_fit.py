@@ -30,7 +30,9 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
+@pytest.mark.parametrize(
+    "grid", [GRIDS["gits"], pytest.param(GRIDS["ays"], marks=pytest.mark.slow)], ids=GRIDS.keys()
+)
 def test_a_grid_is_fitted_once_and_recorded_as_numbers(trained, tmp_path, grid, monkeypatch, capsys):
     images, _ = sample(tmp_path / "a", trained, *grid)
     told = tiny_runs.record_of(tmp_path / "a")

@@ -141,6 +141,7 @@ def test_an_orphan_ends_itself(tmp_path):
     raise AssertionError("the orphan lives")
 
 
+@pytest.mark.slow
 def test_two_processes_stop_cleanly_reach_one_processs_weights_and_are_resumed_by_one(tmp_path):
     words = [*tiny_runs.TINY, *tiny_runs.NO_PICTURES, "model.dropout=0.0", f"paths.runs={tmp_path}"]
     words.remove("trainer=cpu")

@@ -54,6 +54,7 @@ def own(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_own_classes_are_trained_resumed_in_ranks_sampled_and_scored(own):
     (own / "lib" / "my_package" / "__init__.py").touch()
     train = [

@@ -120,6 +120,7 @@ def test_a_sweep_of_widths_ends_in_a_page_that_marks_the_best(run, capsys):
     assert all(width in shown for width in widths)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_average(run, tmp_path):
     words = [f"run={run}", "ema=posthoc_0.075", "num_samples=128"]
     assert tiny_runs.main("sample", *words, f"out={tmp_path / 'one'}") == 0
@@ -148,7 +149,7 @@ def test_a_chosen_width_can_be_given_away(run, tmp_path, monkeypatch, capsys):
     path = copy.resolve() / "export" / "posthoc_0.075.safetensors"
     assert path.is_file() and capsys.readouterr().out == f"weights  {path}\n"
     monkeypatch.setattr(sys, "argv", ["export", str(copy), "pothoc"])
-    assert export.main() == 1 and capsys.readouterr().err.startswith("error: ema=pothoc: ")
+    assert export.main() == 2 and capsys.readouterr().err.startswith("error: ema=pothoc: ")
     away = load_denoiser(copy / "export", "posthoc_0.075")
     assert away.sha256 == read_weights(run, "posthoc_0.075").sha256 and away.images_seen == END
     # what stood first still does

@@ -96,6 +96,7 @@ def test_auto_starts_anew_when_the_settings_differ(tmp_path, capsys):
     assert len([p for p in (tmp_path / "digits" / "quickstart").iterdir() if not p.is_symlink()]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_can_be_made_longer(tmp_path, uninterrupted):
     folder = tiny_runs.train(tmp_path, "run_id=a", max_images=320)
     assert tiny_runs.main("train", *words(tmp_path, f"resume={folder}")) == 0

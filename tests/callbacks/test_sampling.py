@@ -9,6 +9,7 @@ from tiny_training import BATCH, CLASSES, Data, Flat, assert_equal, everything, 
 
 from diffusion_lab.callbacks import FrechetDuringTraining, SampleGrid
 from diffusion_lab.callbacks.pictures import scatter, tile
+from diffusion_lab.callbacks.sampling import conditions
 from diffusion_lab.images import to_uint8
 from diffusion_lab.metrics.frechet import frechet_distance
 from diffusion_lab.modules import RunError
@@ -105,3 +106,23 @@ def test_bad_settings_are_refused(tmp_path, options):
         SampleGrid(generation=generation(), dirpath=str(tmp_path), **options)
     with pytest.raises(ValueError, match="FrechetDuringTraining"):
         FrechetDuringTraining(generation=generation(), every_images=8, extractor=Flat(), n=1)
+
+
+def test_samples_are_conditioned_on_what_the_data_set_gives():
+    asked = []
+
+    class Trainer:
+        class datamodule:
+            @staticmethod
+            def conditions(seeds, labels):
+                asked.append((seeds, labels))
+                return {"image": torch.ones(2, 1)}
+
+    labels, cpu = torch.tensor([1, 2]), torch.device("cpu")
+    found = conditions(Trainer, [7, 8], labels, cpu)
+    assert set(found) == {"label", "image"} and torch.equal(found["label"], labels)
+    assert asked[0][0] == [7, 8] and torch.equal(asked[0][1], labels)
+    assert set(conditions(Trainer, [7, 8], None, cpu)) == {"image"}
+    # a data module of another kind knows only labels, or nothing
+    assert set(conditions(object(), [7, 8], labels, cpu)) == {"label"}
+    assert conditions(object(), [7, 8], None, cpu) is None

@@ -118,7 +118,7 @@ def test_two_processes_equal_one_and_one_continues_for_two(tmp_path, alone):
 @pytest.mark.parametrize(
     "to",
     [
-        pytest.param((0, 1), id="all"),
+        pytest.param((0, 1), id="all", marks=pytest.mark.slow),
         pytest.param((1,), id="second only", marks=pytest.mark.slow),
         pytest.param((0,), id="first only", marks=pytest.mark.slow),
     ],
@@ -137,6 +137,7 @@ def test_sigterm_saves_and_ends_well_with_two_processes(tmp_path, to):
     assert torch.load(checkpoint, weights_only=True)["images_seen"] > 0
 
 
+@pytest.mark.slow
 def test_loss_gone_wrong_on_one_of_two_processes_ends_both(tmp_path):
     codes, outputs = finish(start(tmp_path, 2, max_images=10**6, every=BATCH, spoil=5 * BATCH))
     assert all(codes), codes

@@ -15,6 +15,7 @@ import diffusion_lab  # noqa: F401  (first: it cures torchvision)
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -176,17 +177,22 @@ def make_scores(folder, every=40):
     ]
 
 
-def make_trainer(folder, callbacks, *, accumulate=1, devices=1, loggers=None, nodes=1):
+def make_trainer(
+    folder, callbacks, *, accumulate=1, devices=1, loggers=None, nodes=1, strategy=None, precision="32-true"
+):
     hush_lightning()
+    # named, because Lightning takes bfloat16 in its place on a CPU
+    half = [MixedPrecision("16-mixed", "cpu")] if precision == "16-mixed" else []
     return pl.Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=strategy or ("ddp" if devices > 1 else "auto"),
+        precision=None if half else precision,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
         callbacks=callbacks,
         logger=[CSVMetrics(dirpath=str(folder))] if loggers is None else loggers,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *half],
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -210,6 +216,8 @@ def fit(
     seed=0,
     module=None,
     data=None,
+    strategy=None,
+    precision="32-true",
 ):
     """Train up to `max_images`, from the checkpoint `resume` if given; return module and trainer."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +225,10 @@ def fit(
     torch.manual_seed(derive_seed(str(folder), max_images))
     module = module or make_module(seed=seed)
     callbacks = [*extra, *make_callbacks(folder, max_images, every=every)]
-    trainer = make_trainer(folder, callbacks, accumulate=accumulate, devices=devices, loggers=loggers)
+    trainer = make_trainer(
+        folder, callbacks, accumulate=accumulate, devices=devices, loggers=loggers, strategy=strategy,
+        precision=precision,
+    )  # fmt: skip
     trainer.fit(
         module,
         datamodule=data or Data(workers, spoil),

@@ -43,6 +43,7 @@ UVITS = dict(**U, patch=1, blocks=(1, 2), embedding=32)
 TOKENS = dict(in_channels=1, size=8, patch=2, width=16, depth=2, heads=2, num_classes=3)
 NETWORKS = {
     "unet": (unet, (1, 8, 8)),
+    "unet_patched": (lambda **o: unet(patch=2, attention=(2,), **o), (1, 8, 8)),
     "edm2": (lambda **o: EDM2(**{**U, "blocks": 1, "attention": (4,), **o}), (1, 8, 8)),
     "uvit": (lambda **o: UViT(**{**UVITS, **o}), (1, 8, 8)),
     "residual_uvit": (lambda **o: ResidualUViT(**{**UVITS, **o}), (1, 8, 8)),

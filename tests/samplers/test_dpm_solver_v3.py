@@ -83,7 +83,7 @@ def test_statistics_of_gaussian_data_are_exact(interpolant):
     assert float(found.s.abs().max()) == 0.0 and float(found.b.abs().max()) < 1e-2
 
 
-@pytest.mark.parametrize("levels", [201, 2001])
+@pytest.mark.parametrize("levels", [201, pytest.param(2001, marks=pytest.mark.slow)])
 def test_one_step_on_gaussian_data_is_exact(levels):
     c, vp = 0.3, INTERPOLANTS["vp"]
     problem, grid = gaussian(vp, c), torch.linspace(-10, 10, levels, dtype=D64)
@@ -192,6 +192,7 @@ def test_order_of_a_step_from_an_exact_history(order, statistics, smooth):
     laws.check_local_order(DPMSolverV3(order=order, corrector=False, statistics=chosen), order)
 
 
+@pytest.mark.slow
 def test_fitted_beats_noise_and_data_prediction_in_few_steps(fitted):
     vp, grid = INTERPOLANTS["vp"], uniform_logsnr(-10.0, 10.0, 9)
     exact = laws.run(

@@ -231,7 +231,9 @@ def _real(folder: RunFolder, config: Mapping[str, Any]) -> Path | None:
     if examples.ndim == 4:
         columns = int(config.get("num_classes") or 0) or 8
         # drawn by the hand that drew the samples
-        tile(to_float(examples[chosen]), columns).save(path)
+        shown = examples[chosen]
+        # latents as they are, which is how the samples' pictures show them
+        tile(shown if shown.is_floating_point() else to_float(shown), columns).save(path)
     else:
         path.write_bytes(
             figures.points_png([("real", examples.numpy(), None if labels is None else labels.numpy())])

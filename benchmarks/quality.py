@@ -1,0 +1,349 @@
+"""Quality at equal time: our recipe and two peers', trained for the same computing time on MNIST, without labels.
+
+    python benchmarks/quality.py [--seeds 3] [--minutes 10] [--workers 2] [--runs runs/quality] [--only NAME ...]
+
+Ten minutes on two cores are counted as twenty minutes of processor time of one thread, so that two contenders run side
+by side, on a machine that may do other things besides. Contenders: `diffusion_lab` (experiment=mnist/ten_minutes, run
+as a user would, with all its callbacks), denoising-diffusion-pytorch and diffusers, each at the settings of its README
+or example, and with our batch size, learning rate, decay and average ("tuned"). All networks have about as many
+parameters.
+
+What is compared is the Fréchet distance of samples to the 60,000 training images on the features of mnist-cnn. Each
+model is sampled by DDIM in 50 and by DPM-Solver++(2M) in 25 evaluations; the better of the two counts. The floor is the
+same distance of as many real test images. Models and figures are kept below --runs: a script that was stopped goes on.
+Results: benchmarks/results/quality.json; samples side by side in docs/images/quality.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusion_lab  # noqa: F401  (first: it cures torchvision)
+
+# isort: split
+
+import numpy as np
+import torch
+from common import ROOT, report
+from hydra import compose, initialize_config_dir
+from quality_peers import PEERS, Discrete, Settings
+from torch import Tensor, nn
+
+from diffusion_lab.app.build import build, plain
+from diffusion_lab.data.mnist import MNIST
+from diffusion_lab.data.order import order
+from diffusion_lab.images import to_float
+from diffusion_lab.metrics.features import MNISTCNN
+from diffusion_lab.metrics.frechet import frechet_from_stats
+from diffusion_lab.metrics.stats import gaussian_stats
+from diffusion_lab.process import Cosine
+from diffusion_lab.rng import SampleRNG
+from diffusion_lab.samplers.ddim import DDIM
+from diffusion_lab.samplers.dpmpp_2m import DPMSolverPP2M
+from diffusion_lab.samplers.grids import uniform_u
+
+OURS = "diffusion_lab"
+EXPERIMENT = "mnist/ten_minutes"
+SHAPE = (1, 28, 28)
+WIDTHS = {"denoising-diffusion-pytorch": 24, "diffusers": 28}
+NAMES = [OURS, *(f"{peer}, {how}" for how in ("tuned", "default") for peer in PEERS)]
+MARKS = (0.125, 0.25, 0.5, 1.0)
+SAMPLERS = {"ddim": (DDIM(eta=0.0), 50), "dpmpp_2m": (DPMSolverPP2M(), 25)}
+N, N_CURVE = 100, 100
+PROBE_S = 2.0
+MARGIN = 0.97
+
+
+@cache
+def images(split: str) -> Tensor:
+    """The images of MNIST as bytes."""
+    data = MNIST(batch_size=1, seed=0)
+    return (data.train_images() if split == "train" else data.test_images())[0]
+
+
+def configured(folder: Path, seed: int, max_images: int) -> dict[str, Any]:
+    """Compose our recipe, as its command line would."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        words = [
+            f"experiment={EXPERIMENT}",
+            f"seed={seed}",
+            f"max_images={max_images}",
+            f"paths.run={folder}",
+        ]
+        return plain(compose("train", [*words, "name=quality", "trainer.accelerator=cpu"]))
+
+
+def watcher(budget: float, marks: Sequence[float], keep: Callable[[nn.Module, dict[str, Any]], None]) -> Any:
+    """A callback that keeps the average at shares of the budget, and stops the run when it is spent."""
+    import lightning.pytorch as pl
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            self.began, self.left = time.process_time(), list(marks)
+
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            self.spent = time.process_time() - self.began
+            self.seen = module.images_seen
+            while self.left and self.spent >= self.left[0] * budget:
+                self.keep(module, self.left.pop(0))
+            if self.spent >= budget:
+                trainer.should_stop = True
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            if self.left:  # it was through before the budget was
+                self.keep(module, 1.0)
+
+        def keep(self, module: Any, mark: float) -> None:
+            facts = {"mark": mark, "seconds": self.spent, "images": self.seen}
+            keep(next(iter(module.averages.values())).network, facts)
+
+    return Watch()
+
+
+def train_ours(seed: int, folder: Path, budget: float) -> None:
+    """Train our recipe, as long as the budget lasts by the speed of a probe."""
+
+    def fit(max_images: int, seconds: float, marks: Sequence[float], keep: Any) -> Any:
+        parts = build(configured(folder / "run", seed, max_images))
+        watch = watcher(seconds, marks, keep)
+        parts.trainer.callbacks.append(watch)
+        parts.trainer.fit(parts.module, datamodule=parts.data)
+        return watch
+
+    batch = configured(folder / "run", seed, 1_000_000)["batch_size"]
+    probe = fit(1_000_000_000, PROBE_S, (), lambda *_: None)
+    max_images = int(MARGIN * budget * probe.seen / probe.spent) // batch * batch
+    subprocess.run(["rm", "-rf", str(folder / "run")], check=True)
+    fit(max_images, budget, MARKS, lambda network, facts: store(folder, network, facts))
+
+
+def train_peer(name: str, seed: int, folder: Path, budget: float) -> None:
+    """Train a peer until the budget is spent."""
+    peer_name, how = name.split(", ")
+    config = configured(folder / "run", seed, 1_000_000)
+    peer = PEERS[peer_name](WIDTHS[peer_name], SHAPE, settings(config) if how == "tuned" else None)
+    data, size = images("train"), peer.batch_size
+    torch.manual_seed(seed)
+    marks, seen, began = list(MARKS), 0, time.process_time()
+    while marks:
+        rows = order(seed, len(data), np.arange(seen, seen + size))
+        peer.loss(to_float(data[torch.from_numpy(rows)])).backward()
+        seen += size
+        spent = time.process_time() - began
+        peer.step(min(1.0, spent / budget), seen)
+        while marks and spent >= marks[0] * budget:
+            facts = {"mark": marks.pop(0), "seconds": spent, "images": seen}
+            store(folder, peer.averaged(), facts)
+
+
+def settings(config: dict[str, Any]) -> Settings:
+    """What of our recipe the tuned peers take over."""
+    from diffusion_lab.app.build import instantiate
+
+    warmup = config["lr_schedule"]["warmup_images"]
+    return Settings(
+        batch_size=config["batch_size"],
+        optimizer=instantiate(config["optimizer"], "optimizer"),
+        rate=lambda share, seen: min(1.0, seen / warmup) * max(1e-3, 1.0 - share),
+        profile=next(iter(instantiate(config["averages"], "averages").values())),
+        clip=config["callbacks"]["gradient_norm"]["clip"],
+    )
+
+
+def store(folder: Path, network: nn.Module, facts: dict[str, Any]) -> None:
+    """Keep the weights of an averaged network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(network.state_dict(), folder / f"{facts['mark']}.pt")
+    facts["parameters"] = sum(p.numel() for p in network.parameters())
+    (folder / f"{facts['mark']}.json").write_text(json.dumps(facts))
+
+
+# ---- scores ----------------------------------------------------------------------------------------------
+
+
+def trained(name: str, folder: Path, mark: float) -> tuple[Any, Callable[[int], Tensor]]:
+    """Return the denoiser of a mark and its grid of so many steps."""
+    state = torch.load(folder / f"{mark}.pt", weights_only=True)
+    if name == OURS:
+        denoiser = build(configured(folder / "scored", 0, 1_000_000)).module.denoiser
+        denoiser.network.load_state_dict(state)
+        return denoiser.eval(), lambda steps: uniform_u(Cosine(), steps)
+    peer = PEERS[name.split(", ")[0]](WIDTHS[name.split(", ")[0]], SHAPE, None)
+    peer.network.load_state_dict(state)
+    discrete: Discrete = peer.discrete(peer.network).eval()
+    return discrete, discrete.grid
+
+
+@torch.no_grad()
+def draw(denoiser: Any, grid: Tensor, sampler: Any, n: int) -> Tensor:
+    """Draw n images as bytes; sample i has the same noise for every contender."""
+    sigma = denoiser.interpolant(grid[0])[1]
+    parts = []
+    for first in range(0, n, 100):
+        rng = SampleRNG(range(first, min(n, first + 100)))
+        x = sampler(denoiser, (sigma * rng.randn(SHAPE)).float(), grid, cond=None, rng=rng)
+        parts.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(parts)
+
+
+@cache
+def reference() -> Any:
+    """Statistics of the training images."""
+    return gaussian_stats(MNISTCNN().eval()(images("train")))
+
+
+def distance(drawn: Tensor) -> float:
+    """Fréchet distance to the training images."""
+    return frechet_from_stats(gaussian_stats(MNISTCNN().eval()(drawn)), reference())
+
+
+def score(name: str, folder: Path) -> dict[str, Any]:
+    """Score all marks of a trained contender."""
+    curve, final = [], {}
+    for mark in MARKS:
+        denoiser, grid = trained(name, folder, mark)
+        facts = json.loads((folder / f"{mark}.json").read_text())
+        sampler, steps = SAMPLERS["dpmpp_2m"]
+        curve.append({**facts, "fd": distance(draw(denoiser, grid(steps), sampler, N_CURVE))})
+    for key, (sampler, steps) in SAMPLERS.items():
+        drawn = draw(denoiser, grid(steps), sampler, N)
+        final[key] = distance(drawn)
+        np.save(folder / f"{key}.npy", drawn[:40].numpy())
+    return {"curve": curve, "final": final}
+
+
+def worker(name: str, seed: int, folder: Path, budget: float) -> None:
+    """Train and score one contender, unless it is done."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / f"{MARKS[-1]}.pt").is_file():
+        (train_ours(seed, folder, budget) if name == OURS else train_peer(name, seed, folder, budget))
+    (folder / "score.json").write_text(json.dumps(score(name, folder)))
+
+
+# ---- the whole -------------------------------------------------------------------------------------------
+
+
+def place(runs: Path, name: str, seed: int, minutes: float) -> Path:
+    """Folder of a contender."""
+    return runs / f"{name.replace(', ', '-')}-{seed}-{minutes:g}min"
+
+
+def run(name: str, seed: int, runs: Path, minutes: float) -> None:
+    """Let a process of its own do one contender, unless its figures are known."""
+    folder = place(runs, name, seed, minutes)
+    if not (folder / "score.json").is_file():
+        words = ["--worker", name, "--seed", str(seed), "--runs", str(runs), "--minutes", str(minutes)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        runs.mkdir(parents=True, exist_ok=True)
+        with (runs / f"{folder.name}.log").open("w") as log:
+            subprocess.run(
+                [sys.executable, __file__, *words], check=True, env=environment, stdout=log, stderr=log
+            )
+    print(f"{name}, seed {seed}: done", flush=True)
+
+
+def summary(
+    runs: Path, minutes: float, seeds: Sequence[int]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows and ratios of what is known."""
+    test = images("test")
+    floor = distance(test[torch.from_numpy(np.linspace(0, len(test) - 1, N).round().astype(np.int64))])
+    rows, best = [], {}
+    for name in NAMES:
+        files = [place(runs, name, seed, minutes) / "score.json" for seed in seeds]
+        found = [json.loads(file.read_text()) for file in files if file.is_file()]
+        if not found:
+            continue
+        means = {key: statistics.mean(one["final"][key] for one in found) for key in SAMPLERS}
+        key = min(means, key=lambda key: means[key])
+        best[name] = means[key]
+        last = [one["curve"][-1] for one in found]
+        row = {
+            "contender": name,
+            "parameters, M": last[0]["parameters"] / 1e6,
+            "images a CPU-second": statistics.mean(one["images"] / one["seconds"] for one in last),
+            "images": round(statistics.mean(one["images"] for one in last)),
+            f"FD@{N}": means[key],
+            "seeds": [one["final"][key] for one in found],
+            "sampler": f"{key}, {SAMPLERS[key][1]} NFE",
+        }
+        for k, mark in enumerate(MARKS[:-1]):
+            row[f"FD@{N_CURVE} at {mark * minutes:g} min"] = statistics.mean(
+                one["curve"][k]["fd"] for one in found
+            )
+        rows.append(row)
+    rows.append({"contender": "real test images", f"FD@{N}": floor})
+    ratios = {}
+    tuned = [value for name, value in best.items() if name.endswith("tuned")]
+    if OURS in best:
+        ratios["twice_the_floor_over_ours"] = 2 * floor / best[OURS]
+        for name, value in best.items():
+            if name != OURS:
+                ratios[name] = value / best[OURS]
+        if tuned:
+            ratios["better_tuned_peer_over_1.2_ours"] = min(tuned) / (1.2 * best[OURS])
+    return rows, ratios
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the contenders asked for, and report on all that are known."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(words)
+    runs = options.runs.resolve()
+    if options.worker:
+        folder = place(runs, options.worker, options.seed, options.minutes)
+        worker(options.worker, options.seed, folder, 2 * 60 * options.minutes)
+        return
+    torch.set_num_threads(1)
+    jobs = [(name, seed) for seed in range(options.seeds) for name in options.only]
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(lambda job: run(*job, runs, options.minutes), jobs))
+    rows, ratios = summary(runs, options.minutes, range(options.seeds))
+    picture(runs, options.minutes)
+    report("quality", rows, ratios)
+
+
+def picture(runs: Path, minutes: float) -> None:
+    """Samples side by side: a row a contender, the same noise in every column."""
+    from PIL import Image, ImageDraw
+
+    names = [name for name in NAMES if (place(runs, name, 0, minutes) / "score.json").is_file()]
+    columns, side, gap, text = 24, 28, 2, 190
+    sheet = Image.new("L", (text + columns * (side + gap), (len(names) + 1) * (side + gap)), 255)
+    pen = ImageDraw.Draw(sheet)
+    for row, name in enumerate([*names, "real"]):
+        shown = images("test")[:columns].numpy()
+        if name != "real":
+            folder = place(runs, name, 0, minutes)
+            final = json.loads((folder / "score.json").read_text())["final"]
+            shown = np.load(folder / f"{min(final, key=final.get)}.npy")
+        pen.text((2, row * (side + gap) + 8), name, fill=0)
+        for column in range(columns):
+            place_at = (text + column * (side + gap), row * (side + gap))
+            sheet.paste(Image.fromarray(shown[column, 0]), place_at)
+    sheet.save(ROOT / "docs" / "images" / "quality.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()

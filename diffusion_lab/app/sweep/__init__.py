@@ -1,0 +1,1 @@
+"""Sweeps of train.py: plan, launch, journal, table. See `run.py`."""
