@@ -30,6 +30,7 @@ from claim_rules import (
 )
 from claim_rules_objectives import SCHEDULES, bound_is_the_same, lower
 from common import RESULTS, ROOT
+from render_docs import short
 
 PAGE = ROOT / "docs" / "claims.md"
 HEAD = """# Claims
@@ -259,7 +260,7 @@ def render() -> str:
         )
         first = result["figures"]["rows"][0]
         label = result.get("measure") or next(key for key in first if key.startswith("FD@"))
-        where = f"`benchmarks/results/{claim.result}.json`: {label}, commit `{str(result['commit'])[:12]}`"
+        where = f"`benchmarks/results/{claim.result}.json`: {label}, commit `{short(str(result['commit']))}`"
         seeds = SEEDS.get(claim.result, "A seed trains its own models and draws its own samples.")
         origins[claim.result] = f"{where}, {result['machine']}. {seeds}"
     return (

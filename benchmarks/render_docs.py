@@ -23,6 +23,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"<!-- table: (\w+) (\w+) -->\n.*?<!-- /table -->", re.S)
 
 
+def short(commit: str) -> str:
+    """Return a commit as pages name it; the plus sign of a changed tree stays."""
+    return commit[:12] + ("+" if commit.endswith("+") else "")
+
+
 def cell(value: object) -> str:
     """Print one value: floats with four significant digits, the rest as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -45,7 +50,7 @@ def render(name: str, part: str) -> str:
     )
     if not isinstance(rows, list):
         rows = [{part[:-1]: key, "value": value} for key, value in content.items()]
-    origin = f"Source: `benchmarks/results/{name}.json`, commit `{str(result['commit'])[:12]}`, {result['machine']}."
+    origin = f"Source: `benchmarks/results/{name}.json`, commit `{short(str(result['commit']))}`, {result['machine']}."
     return f"{table(rows)}\n\n{origin}"
 
 

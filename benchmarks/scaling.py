@@ -9,7 +9,7 @@ On CPUs, each process on one thread, all at the same global batch:
 With --device cuda, on one GPU, each in a process of its own: images/s, peak memory and model FLOP utilisation of a
 training step by precision (fp32, TF32 matrix products, bf16, fp16 with a loss scaler), eager and compiled.
 
-    python benchmarks/scaling.py [--steps 30] [--rounds 5] [--batch 64]
+    python benchmarks/scaling.py [--steps 30] [--rounds 5] [--batch 512]
     python benchmarks/scaling.py --device cuda [--steps 30] [--rounds 5] [--batch 256] [--model unet_cifar10]
 
 Results: benchmarks/results/scaling_<device>.json.
@@ -191,7 +191,7 @@ def run(case: dict[str, Any]) -> list[dict[str, Any]]:
 def on_cpu(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Two processes over one, accumulation, memory by rank. Cases take turns, so that a drifting machine is fair."""
     common = {
-        "device": "cpu", "model": options.model or "unet_tiny", "batch": options.batch or 64, "steps": options.steps,
+        "device": "cpu", "model": options.model or "unet_tiny", "batch": options.batch or 512, "steps": options.steps,
         "rounds": 1, "precision": "32-true", "matmul": "highest",
     }  # fmt: skip
     speeds: dict[str, list[float]] = {name: [] for name in CPU_CASES}
