@@ -72,12 +72,13 @@ class WandB(WandbLogger):
         )
 
     def run_id(self) -> str:
-        """Id of the W&B run of this folder, made once."""
+        """Id of the W&B run of this folder, made once; under an agent of a W&B sweep the one that it was given."""
         path = self.dirpath / "wandb_id.txt"
         if path.exists() and (kept := path.read_text().strip()):
             return kept
         self.dirpath.mkdir(parents=True, exist_ok=True)
-        made = secrets.token_hex(4)
+        given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+        made = given or secrets.token_hex(4)
         path.write_text(made + "\n")
         return made
 

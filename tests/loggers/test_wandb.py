@@ -129,3 +129,13 @@ def test_a_run_left_open_is_not_joined(tmp_path):
     second = job(tmp_path / "b", 2.0, picture=False)
     assert first.experiment.id != second.experiment.id
     close_loggers([first, second])
+
+
+def test_under_an_agent_of_a_sweep_the_run_is_the_agent_s(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "given")
+    # without a sweep it may be left over from anything: two jobs of one shell would share a run
+    assert WandB(dirpath=str(tmp_path / "alone"), offline=True).run_id() != "given"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "a sweep")
+    assert WandB(dirpath=str(tmp_path / "job"), offline=True).run_id() == "given"
+    monkeypatch.setenv("WANDB_RUN_ID", "another")
+    assert WandB(dirpath=str(tmp_path / "job"), offline=True).run_id() == "given"
