@@ -200,14 +200,19 @@ def draw(denoiser: Any, grid: Tensor, sampler: Any, n: int) -> Tensor:
 
 
 @cache
-def reference() -> Any:
-    """Statistics of the training images."""
-    return gaussian_stats(MNISTCNN().eval()(images("train")))
+def reference(runs: Path) -> Any:
+    """Statistics of the training images, kept in a file: their features take a minute."""
+    kept = runs / "features.pt"
+    if not kept.is_file():
+        aside = runs / f".features-{os.getpid()}"
+        torch.save(MNISTCNN().eval()(images("train")), aside)
+        aside.replace(kept)
+    return gaussian_stats(torch.load(kept, weights_only=True))
 
 
-def distance(drawn: Tensor) -> float:
+def distance(drawn: Tensor, runs: Path) -> float:
     """Fréchet distance to the training images."""
-    return frechet_from_stats(gaussian_stats(MNISTCNN().eval()(drawn)), reference())
+    return frechet_from_stats(gaussian_stats(MNISTCNN().eval()(drawn)), reference(runs))
 
 
 def score(name: str, folder: Path) -> dict[str, Any]:
@@ -217,10 +222,10 @@ def score(name: str, folder: Path) -> dict[str, Any]:
         denoiser, grid = trained(name, folder, mark)
         facts = json.loads((folder / f"{mark}.json").read_text())
         sampler, steps = SAMPLERS["dpmpp_2m"]
-        curve.append({**facts, "fd": distance(draw(denoiser, grid(steps), sampler, N_CURVE))})
+        curve.append({**facts, "fd": distance(draw(denoiser, grid(steps), sampler, N_CURVE), folder.parent)})
     for key, (sampler, steps) in SAMPLERS.items():
         drawn = draw(denoiser, grid(steps), sampler, N)
-        final[key] = distance(drawn)
+        final[key] = distance(drawn, folder.parent)
         np.save(folder / f"{key}.npy", drawn[:40].numpy())
     return {"curve": curve, "final": final}
 
@@ -261,7 +266,8 @@ def summary(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows and ratios of what is known."""
     test = images("test")
-    floor = distance(test[torch.from_numpy(np.linspace(0, len(test) - 1, N).round().astype(np.int64))])
+    chosen = np.linspace(0, len(test) - 1, N).round().astype(np.int64)
+    floor = distance(test[torch.from_numpy(chosen)], runs)
     rows, best = [], {}
     for name in NAMES:
         files = [place(runs, name, seed, minutes) / "score.json" for seed in seeds]
