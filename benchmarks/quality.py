@@ -60,8 +60,8 @@ WIDTHS = {"denoising-diffusion-pytorch": 24, "diffusers": 28}
 NAMES = [OURS, *(f"{peer}, {how}" for how in ("tuned", "default") for peer in PEERS)]
 MARKS = (0.125, 0.25, 0.5, 1.0)
 SAMPLERS = {"ddim": (DDIM(eta=0.0), 50), "dpmpp_2m": (DPMSolverPP2M(), 25)}
-N, N_CURVE = 100, 100
-PROBE_S = 2.0
+N, N_CURVE = 5000, 1000
+PROBE_S = 20.0
 MARGIN = 0.97
 
 
@@ -134,9 +134,9 @@ def train_peer(name: str, seed: int, folder: Path, budget: float) -> None:
     """Train a peer until the budget is spent."""
     peer_name, how = name.split(", ")
     config = configured(folder / "run", seed, 1_000_000)
+    torch.manual_seed(seed)  # theirs draw from the global random state, the weights first
     peer = PEERS[peer_name](WIDTHS[peer_name], SHAPE, settings(config) if how == "tuned" else None)
     data, size = images("train"), peer.batch_size
-    torch.manual_seed(seed)
     marks, seen, began = list(MARKS), 0, time.process_time()
     while marks:
         rows = order(seed, len(data), np.arange(seen, seen + size))

@@ -63,8 +63,8 @@ class Discrete(nn.Module):
         return x0.clamp(-1.0, 1.0)
 
     def grid(self, steps: int) -> Tensor:
-        """`steps` of their levels, evenly spaced from the noisiest on, and the end: increasing log-SNR."""
-        chosen = torch.linspace(LEVELS - 1, 0, steps + 1).round().long()[:-1]
+        """`steps` of their levels, evenly spaced from the noisiest to the finest, and the end: increasing log-SNR."""
+        chosen = torch.linspace(LEVELS - 1, 0, steps).round().long()
         return torch.cat([self.logsnr[chosen], torch.full((1,), torch.inf, dtype=torch.float64)])
 
 

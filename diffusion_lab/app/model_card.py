@@ -183,6 +183,12 @@ def _made(told: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"* {name}: {value}" for name, value in facts.items() if value not in (None, ""))
 
 
+# a path from the root, a home or a file:// on, after whatever a command line may have before one; no other URLs
+LOCAL = re.compile(
+    r"""(^|[=,\[{:'"( ])(?!//)(?:file://)?(?:~[\w.-]*)?/(?:[^/,\]}'"]+/)*?([^/,\]}'"]*)/?(?=$|[,\]}'"])"""
+)
+
+
 def shareable(command: str) -> str:
     """Return a command line without this machine's folders: of a path only its last part is kept."""
     try:
@@ -190,9 +196,7 @@ def shareable(command: str) -> str:
     except ValueError:
         return ""
     kept = [word for word in words if not re.match(r"\+*(paths\.|run_id=|resume=)", word)]
-    return shlex.join(
-        re.sub(r"(^|=|,|\[)~?/(?:[^/,\]]+/)*?([^/,\]]*)/?(?=$|[,\]])", r"\1.../\2", word) for word in kept
-    )
+    return shlex.join(LOCAL.sub(r"\1.../\2", word) for word in kept)
 
 
 def _use(config: Mapping[str, Any], files: Sequence[tuple[Path, Mapping[str, str]]]) -> Iterator[str]:

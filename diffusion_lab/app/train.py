@@ -62,7 +62,7 @@ def run(cfg: DictConfig) -> Path:
                 "trainer.num_nodes: several machines are started by torchrun or srun, see docs/runs.md"
             )
         if world > 1:
-            _in_ranks(start, world)
+            _in_ranks(start, world, config["name"])
         else:
             fit(start.folder, start.checkpoint)
         _conclude(start.folder, config)
@@ -101,10 +101,17 @@ def _open_record(start: resume.Start, config: Mapping[str, Any]) -> None:
         print(f"run {start.folder.path} goes on at {start.images_seen:,} images", flush=True)
 
 
-def _in_ranks(start: resume.Start, world: int) -> None:
+def _in_ranks(start: resume.Start, world: int, name: str) -> None:
     words = ["train", str(start.folder.path), *([str(start.checkpoint)] if start.checkpoint else [])]
     try:
         ended = launch.launch(words, world=world, logs=start.folder.logs)
+    except UserError:
+        # a mistake before the first checkpoint: there is no run that `latest` might lead to
+        if start.checkpoint is None and not any(start.folder.checkpoints.glob("*.ckpt")):
+            discard(start.folder, name)
+        elif record.read(start.folder.record).get("status") == "running":
+            record.finish(start.folder.record, "failed")
+        raise
     except BaseException:
         if record.read(start.folder.record).get("status") == "running":
             record.finish(start.folder.record, "failed")

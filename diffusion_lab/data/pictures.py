@@ -40,12 +40,19 @@ BROKEN = (
     Image.DecompressionBombError,
 )
 
+# Pillow's own limit against decompression bombs; a thin strip would pass it and be enlarged beyond
+MOST_PIXELS = 89_478_485
+
 Resize = Literal["adm", "bilinear", "bicubic", "lanczos"]
 Box = tuple[int, int, int, int]
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """Return the centre square of `picture`, resized to `size` pixels a side; mode as given, "L" or "RGB"."""
+    """Return the centre square of `picture`, resized to `size` pixels a side; mode as given, "L" or "RGB".
+
+    Raises:
+        ValueError: If the picture is so thin that resizing it would take gigabytes.
+    """
     if picture.size == (size, size):
         return picture
     while min(picture.size) >= 2 * size:
@@ -57,6 +64,10 @@ def _fit(picture: Image.Image, size: int, resample: Image.Resampling) -> Image.I
     """Resize so that the shorter side has `size` pixels, and cut the middle out."""
     scale = size / min(picture.size)
     wide = tuple(max(size, round(side * scale)) for side in picture.size)
+    if wide[0] * wide[1] > MOST_PIXELS:
+        raise ValueError(
+            f"{picture.width} x {picture.height} pixels are too long and thin for a square of {size}"
+        )
     picture = picture.resize((wide[0], wide[1]), resample)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))

@@ -79,3 +79,20 @@ def test_a_readme_of_the_users_own_is_not_touched(run):
 def test_of_a_path_only_the_last_part_is_given_away():
     line = "python train.py dataset.root=/home/me/cats a=[/x/y,~/z/w/] paths.runs=/runs 'name=a b' run_id=7 b=c/d"
     assert shareable(line) == "python train.py dataset.root=.../cats 'a=[.../y,.../w]' 'name=a b' b=c/d"
+
+
+@pytest.mark.parametrize(
+    "word, kept",
+    [
+        ("dataset={root:/home/bob/secret/data}", "'dataset={root:.../data}'"),
+        ("dataset.root='/home/bob/my data'", """'dataset.root='"'"'.../my data'"'"''"""),
+        ("dataset.root=~bob/data", "dataset.root=.../data"),
+        ("dataset.root=file:///home/bob/x", "dataset.root=.../x"),
+        ("dataset.train=https://host/a/b.tar", "dataset.train=https://host/a/b.tar"),
+        ("experiment=digits/quickstart", "experiment=digits/quickstart"),
+    ],
+)
+def test_a_folder_of_this_machine_never_stands_in_a_card(word, kept):
+    import shlex
+
+    assert shareable(shlex.join(["python", "train.py", word])) == f"python train.py {kept}"

@@ -64,6 +64,7 @@ def test_two_loader_workers_change_nothing(tmp_path, uninterrupted):
     assert_equal(folder, uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_0(tmp_path, uninterrupted):
     arguments = words(tmp_path, "run_id=k", "resume=auto")
     folder = tmp_path / "digits" / "quickstart" / "k"
@@ -111,6 +112,7 @@ def test_another_run_is_not_resumed_into_and_the_key_is_named(tmp_path, capsys):
     tiny_runs.assert_same(tiny_runs.state(folder), before)
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, uninterrupted):
     folder = tiny_runs.train(tmp_path, "run_id=a", max_images=640)
     newest = folder / "checkpoints" / "images-0000000640.ckpt"

@@ -18,7 +18,7 @@ from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.report.sweep import Axis, write_up
 from diffusion_lab.app.run import identity
 from diffusion_lab.app.sweep import settings as sweep_settings
-from diffusion_lab.app.sweep.job import Context
+from diffusion_lab.app.sweep.job import Context, claims_of
 from diffusion_lab.app.sweep.journal import (
     Entry,
     Job,
@@ -496,3 +496,24 @@ def test_the_wandb_sweep_file_is_a_valid_command():
     assert "WandB" in cfg.logger.wandb._target_
     cfg.name = "x"
     validate(cfg, SCHEMAS["train"])
+
+
+def test_values_behind_a_plus_sign_and_whole_experiments_tell_jobs_apart():
+    one = {"trainer": {"max_steps": 1}, "choices": {"experiment": "a", "sampler@other": "ddim"}}
+    two = {"trainer": {"max_steps": 2}, "choices": {"experiment": "a", "sampler@other": "ddim"}}
+    for key in ("trainer.max_steps", "+trainer.max_steps", "++trainer.max_steps"):
+        assert config_hash(one, [key]) != config_hash(two, [key])
+        assert config_hash(one, [key]) == config_hash(one, ["trainer.max_steps"])
+    for key in ("experiment", "sampler@other", "+sampler@other"):
+        other = {**one, "choices": {**one["choices"], key.lstrip("+"): "another"}}
+        assert config_hash(one, [key]) != config_hash(other, [key])
+
+
+def test_a_call_that_takes_up_a_sweep_meets_the_claims_of_the_one_that_began_it(tmp_path):
+    plan = Job(number=1, overrides=["seed=1"], varied={"seed": "1"}, config="c", trains="t")
+    options = dict(
+        folder=tmp_path / "sweep", varied=["seed"], objective=None, seeks=False, here=True, logs=False
+    )
+    began = Context(claims=None, auto=False, **options)
+    took_up = Context(claims=tmp_path / ".claims", auto=True, **options)
+    assert set(claims_of(began, plan)) < set(claims_of(took_up, plan))

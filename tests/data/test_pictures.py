@@ -146,3 +146,12 @@ def test_toy_labels_are_those_of_the_density(density):
     # half the examples are of each class, and x0 is its own denoised self where there is no noise
     assert abs(float(label.double().mean()) - 0.5) < 0.05
     assert torch.allclose(denoiser(x0.double(), clean), x0.double(), atol=1e-12)
+
+
+def test_a_strip_that_would_fill_the_memory_is_refused_and_a_long_picture_is_not(tmp_path):
+    # 85 bytes in the file; resized whole before the crop it would be 256 x 2,560,000 pixels
+    Image.new("L", (10_000, 1)).save(tmp_path / "strip.png")
+    with pytest.raises(DataError, match=r"strip.png.*too long and thin"):
+        read_picture(tmp_path / "strip.png", 256, 1)
+    Image.new("L", (4000, 20), 128).save(tmp_path / "long.png")
+    assert read_picture(tmp_path / "long.png", 32, 1).unique().tolist() == [128]

@@ -502,3 +502,26 @@ def test_only_so_many_files_are_open_at_once(tmp_path, monkeypatch):
     for _ in range(2):
         assert numbers(reader.read(np.arange(12))[0]) == list(range(12))
         assert len(reader._files._open) == 3
+
+
+@pytest.mark.parametrize("junk", [b"", b"no index", "array"])
+def test_what_is_no_index_is_made_anew(root, junk):
+    path = sorted(root.glob("*.tar"))[0]
+    place = path.with_name(path.name + indexing.SUFFIX)
+    expected = open_index(path)
+    if junk == "array":
+        with place.open("wb") as file:
+            np.save(file, np.arange(3))
+    else:
+        place.write_bytes(junk)
+    found = open_index(path)
+    assert np.array_equal(found.offset, expected.offset) and found.names == expected.names
+    # damaged after it was opened: a name is only for a message
+    again = open_index(path)
+    place.write_bytes(b"gone bad")
+    assert len(again.names) == len(again)
+
+
+def test_letters_are_counted_before_they_are_written_out(root):
+    with pytest.raises(DataError, match="more than"):
+        shard_paths(root, "train", "{a..z}{a..z}{a..z}{a..z}{a..z}.tar")

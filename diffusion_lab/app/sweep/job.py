@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_lab.app.cli import failure_line
 from diffusion_lab.app.composed import check_config, complete_config, job_overrides
 from diffusion_lab.app.run import RunFolder
-from diffusion_lab.app.sweep.journal import Entry, Job, Journal, claim, find_run, owner, short
+from diffusion_lab.app.sweep.journal import CLAIMS, Entry, Job, Journal, claim, find_run, owner, short
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -46,7 +46,7 @@ class Context:
 
     Attributes:
         folder: The sweep's folder.
-        claims: The folder of claims.
+        claims: The folder of claims that other sweeps look at too; None where this one begins runs of its own.
         auto: Whether runs that are there are taken up.
         varied: The keys that vary.
         objective: What the sweep compares; None for the default.
@@ -59,7 +59,7 @@ class Context:
     """
 
     folder: Path
-    claims: Path
+    claims: Path | None
     auto: bool
     varied: list[str]
     objective: str | None
@@ -107,16 +107,36 @@ def run(session: Session, cfg: DictConfig) -> float:
         _watching.append(1)
     # a sweep that seeks needs the value; else only orphans of a killed sweep are worth waiting for
     wait_s = math.inf if context.seeks else ORPHANS_S
-    with _own_log(context, job), claim(claim_of(context, job), wait_s) as held:
+    with _own_log(context, job), claimed(context, job, wait_s) as held:
         if held:
             return _run_claimed(session, context, job, cfg)
-    print(f"{context.title(job)}: is being trained by {owner(claim_of(context, job))}", flush=True)
+    print(f"{context.title(job)}: is being trained by {holder(context, job)}", flush=True)
     return NOTHING
 
 
-def claim_of(context: Context, job: Job) -> Path:
-    """Return the file that is held while a job is being trained."""
-    return context.claims / f"{job.trains}.lock"
+def claims_of(context: Context, job: Job) -> list[Path]:
+    """Return the files that are held while a job is being trained.
+
+    The sweep's own is always among them: a call with resume=auto takes up the folder of one without, which may run.
+    """
+    folders = [context.folder / CLAIMS, *([context.claims] if context.claims is not None else [])]
+    return [folder / f"{job.trains}.lock" for folder in folders]
+
+
+@contextmanager
+def claimed(context: Context, job: Job, wait_s: float = 0.0) -> Iterator[bool]:
+    """Hold a job for this process, if no other one does; yields whether it is held. See `journal.claim`."""
+    with ExitStack() as held:
+        yield all(held.enter_context(claim(path, wait_s)) for path in claims_of(context, job))
+
+
+def holder(context: Context, job: Job) -> str:
+    """Return who trains a job that could not be claimed."""
+    for path in claims_of(context, job):
+        with claim(path) as free:
+            if not free:
+                return owner(path)
+    return "another process"
 
 
 def _run_claimed(session: Session, context: Context, job: Job, cfg: DictConfig) -> float:

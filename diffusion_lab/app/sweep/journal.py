@@ -227,8 +227,14 @@ def owner(path: Path) -> str:
 def _told_apart(config: Mapping[str, Any], varied: Sequence[str]) -> dict[str, Any]:
     """Return the values that vary although no weight depends on them."""
     found: dict[str, Any] = {}
+    choices = config.get("choices") or {}
     for key in varied:
-        top, *rest = key.split(".")
+        name = key.lstrip("+~")
+        if "@" in name or name in ("experiment", "debug"):
+            # a group that may change anything, weights or not
+            found[name] = choices.get(name)
+            continue
+        top, *rest = name.split(".")
         if top in ("resume", "paths", "hydra") or (
             top not in NOT_IDENTITY and top not in ("trainer", "callbacks", "dataset")
         ):
@@ -236,7 +242,7 @@ def _told_apart(config: Mapping[str, Any], varied: Sequence[str]) -> dict[str, A
         value: Any = config.get(top)
         for name in rest:
             value = value.get(name) if isinstance(value, Mapping) else None
-        found[key] = value
+        found[name] = value
     return found
 
 
@@ -264,7 +270,10 @@ def find_run(config: Mapping[str, Any], varied: Sequence[str]) -> RunFolder | No
     wanted, own = trains(config, varied), identity(config)
     for folder in list_runs(Path(config["paths"]["runs"]) / config["name"]):
         # the record is read fast, a config is not
-        if record.read(folder.record).get("identity", own) != own:
+        told = record.read(folder.record)
+        seen = (told.get("sessions") or [{}])[-1].get("images_seen") or 0
+        # one that went on for longer is another job's, whose numbers are not this one's
+        if told.get("identity", own) != own or seen > config["max_images"]:
             continue
         try:
             if trains(read_unchecked(folder.path), varied) == wanted:

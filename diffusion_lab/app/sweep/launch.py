@@ -31,8 +31,8 @@ from diffusion_lab.app.composed import SWEEPING, complete_config
 from diffusion_lab.app.display import Ticker
 from diffusion_lab.app.errors import one_line
 from diffusion_lab.app.run import RunFolder, digest
-from diffusion_lab.app.sweep.job import Context, claim_of, come_to, is_finished, value_of
-from diffusion_lab.app.sweep.journal import Entry, Job, claim, config_hash, find_run, trains
+from diffusion_lab.app.sweep.job import Context, claimed, come_to, is_finished, value_of
+from diffusion_lab.app.sweep.journal import Entry, Job, config_hash, find_run, trains
 from diffusion_lab.app.sweep.table import Pace, told
 
 WATCH_S = 0.5
@@ -117,7 +117,7 @@ class Watched(Launcher):
                 self._configs[own] = config
             except OmegaConfBaseException:  # it will fail by itself, with a line that says why
                 own = same = digest(overrides)
-            self._composed[own] = cfg
+            self._composed.setdefault(own, cfg)  # the first of two that are one: it is the one that runs
             jobs.append(
                 Job(
                     number=0,
@@ -196,17 +196,20 @@ class Watched(Launcher):
         context = self.context
         deaths: dict[str, int] = {}
         while jobs and not context.stop.exists():
-            tried = {job.config: self._attempts(job) for job in jobs}
+            # when one process dies, so do all that run beside it: only who dies alone is to blame
+            batch = [job for job in jobs if job.config in deaths][:1] or jobs
+            tried = {job.config: self._attempts(job) for job in batch}
             try:
-                self.inner.launch([job.overrides for job in jobs], initial_job_idx=jobs[0].number - 1)
-                return
+                self.inner.launch([job.overrides for job in batch], initial_job_idx=batch[0].number - 1)
+                jobs = [job for job in jobs if job not in batch]
+                continue
             except Exception as error:
                 if context.stop.exists():
                     return
                 why = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)
             # all processes of the batch are gone by now
             again = []
-            for job in jobs:
+            for job in batch:
                 entry = context.journal.read(job.config)
                 if entry is None or self._attempts(job) == tried[job.config]:
                     again.append(job)
@@ -216,11 +219,12 @@ class Watched(Launcher):
                         again.append(job)
                     else:
                         self._lost(job, "its process died twice, perhaps of too little memory")
-            if len(again) == len(jobs) and not deaths:
-                for job in again:
+            if all(self._attempts(job) == tried[job.config] for job in batch):
+                # none was begun: it is the launcher that fails
+                for job in jobs:
                     self._lost(job, why)
                 return
-            jobs = again
+            jobs = [*again, *(job for job in jobs if job not in batch)]
 
     def _attempts(self, job: Job) -> int:
         entry = self.context.journal.read(job.config)
@@ -261,13 +265,13 @@ class Watched(Launcher):
                 error = sent.exception()
                 entry = self.context.journal.read(job.config)
                 if error is not None and (entry is None or entry.status == "running"):
-                    self._lost(job, one_line(str(error).strip().splitlines()[-1] or type(error).__name__))
+                    self._lost(job, one_line((str(error).strip().splitlines() or [type(error).__name__])[-1]))
             time.sleep(WATCH_S)
 
     def _lost(self, job: Job, reason: str) -> None:
         """Write down that a job's process ended without a word; unless somebody else trains it."""
         context = self.context
-        with claim(claim_of(context, job)) as free:
+        with claimed(context, job) as free:
             if free:
                 entry = context.journal.read(job.config) or Entry(
                     config=job.config, overrides=job.overrides, status="failed"
@@ -324,7 +328,7 @@ def adopted(context: Context, job: Job, config: dict[str, Any]) -> Entry | None:
     found = find_run(config, context.varied)
     if found is None or not is_finished(found, int(config["max_images"])):
         return entry
-    with claim(claim_of(context, job)) as free:
+    with claimed(context, job) as free:
         if free:
             made = Entry(config=job.config, overrides=job.overrides, status="finished")
             entry = come_to(made, RunFolder(found.path), context.objective)

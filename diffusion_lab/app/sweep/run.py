@@ -71,7 +71,7 @@ def run(session: Session, argv: Sequence[str], hydra: Callable[[Session], None])
     session.sweep = Context(
         folder=folder.absolute(),
         # a sweep that takes up runs must not train what another one is training
-        claims=((runs / SWEEPS if auto else folder) / CLAIMS).absolute(),
+        claims=(runs / SWEEPS / CLAIMS).absolute() if auto else None,
         auto=auto,
         varied=_varied(session, cfg),
         objective=settings.objective,

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from diffusion_lab.app.display import clock
-from diffusion_lab.app.sweep.job import Context, claim_of, name_of
-from diffusion_lab.app.sweep.journal import Entry, Job, claim, owner, short
+from diffusion_lab.app.sweep.job import Context, claimed, claims_of, holder, name_of
+from diffusion_lab.app.sweep.journal import Entry, Job, short
 
 # metrics that stand in the table, in this order, after the Fréchet distances
 SHOWN = ("loss", "images_per_s", "images_seen")
@@ -148,14 +148,13 @@ def collect(context: Context, direction: str) -> Found:
 def _row(context: Context, job: Job, entry: Entry | None, same_as: int | None) -> Row:
     status = entry.status if entry is not None else "not started"
     reason = entry.reason if entry is not None else None
-    if entry is None or not entry.done:
-        lock = claim_of(context, job)
-        if lock.exists():
-            with claim(lock) as free:
-                if not free:
-                    status, reason = "elsewhere", f"is being trained by {owner(lock)}"
-                elif status == "running":
-                    status = "interrupted"
+    if (entry is None or not entry.done) and any(path.exists() for path in claims_of(context, job)):
+        with claimed(context, job) as free:
+            pass
+        if not free:
+            status, reason = "elsewhere", f"is being trained by {holder(context, job)}"
+        elif status == "running":
+            status = "interrupted"
     run = Path(entry.run) if entry is not None and entry.run else None
     return Row(
         number=job.number,

@@ -19,8 +19,6 @@ import hashlib
 import os
 import re
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -78,8 +76,12 @@ class ShardIndex:
         if self._names is not None:
             return self._names
         assert self.kept is not None
-        with np.load(self.kept, allow_pickle=False) as stored:
-            return _split(stored["names"])
+        try:
+            with np.load(self.kept, allow_pickle=False) as stored:
+                found = _split(stored["names"])
+        except Exception:  # gone or damaged since; a name is only for a message
+            found = []
+        return found if len(found) == len(self) else [f"sample {k}" for k in range(len(self))]
 
 
 def open_index(path: Path, cache: Path | None = None) -> ShardIndex:
@@ -264,7 +266,7 @@ def _load(place: Path, path: Path, stamp: np.ndarray) -> ShardIndex | None:
                 return None
             arrays = {name: stored[name] for name in ("sample", "extension", "offset", "size", "label")}
             extensions = tuple(_split(stored["extensions"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # whatever lies there, and NumPy may raise almost anything over it: it is made anew
         return None
     # whoever can put a tar file there can put an index beside it
     sample, extension, offset, size, label = arrays.values()

@@ -20,6 +20,7 @@ MOST = 1_000_000
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+_LETTERS = re.compile(r"\{([A-Za-z])\.\.([A-Za-z])(?:\.\.-?\d+)?\}")
 _TEST = ("test", "val")
 
 
@@ -51,6 +52,7 @@ def expand(pattern: str) -> list[str]:
 def _at_most(pattern: str) -> int:
     """Return a number of names that a pattern stands for at most."""
     most = math.prod(abs(int(a) - int(b)) + 1 for a, b in _RANGE.findall(pattern))
+    most *= math.prod(abs(ord(a) - ord(b)) + 1 for a, b in _LETTERS.findall(pattern))
     # each alternative of each group; nested ones are counted too often
     return most * math.prod(group.count(",") + 1 for group in pattern.split("{")[1:])
 
