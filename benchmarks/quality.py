@@ -43,14 +43,15 @@ from torch import Tensor, nn
 from diffusion_lab.app.build import build, plain
 from diffusion_lab.data.mnist import MNIST
 from diffusion_lab.data.order import order
-from diffusion_lab.images import to_float
+from diffusion_lab.guidance import unguided
+from diffusion_lab.images import to_float, to_uint8
 from diffusion_lab.metrics.features import MNISTCNN
 from diffusion_lab.metrics.frechet import frechet_from_stats
 from diffusion_lab.metrics.stats import gaussian_stats
 from diffusion_lab.process import Cosine
-from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.ddim import DDIM
 from diffusion_lab.samplers.dpmpp_2m import DPMSolverPP2M
+from diffusion_lab.samplers.generate import Generation
 from diffusion_lab.samplers.grids import uniform_u
 
 OURS = "diffusion_lab"
@@ -190,13 +191,9 @@ def trained(name: str, folder: Path, mark: float) -> tuple[Any, Callable[[int], 
 @torch.no_grad()
 def draw(denoiser: Any, grid: Tensor, sampler: Any, n: int) -> Tensor:
     """Draw n images as bytes; sample i has the same noise for every contender."""
-    sigma = denoiser.interpolant(grid[0])[1]
-    parts = []
-    for first in range(0, n, 100):
-        rng = SampleRNG(range(first, min(n, first + 100)))
-        x = sampler(denoiser, (sigma * rng.randn(SHAPE)).float(), grid, cond=None, rng=rng)
-        parts.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
-    return torch.cat(parts)
+    generation = Generation(sampler=sampler, grid=grid, guidance=unguided, shape=SHAPE)
+    blocks = [range(first, min(n, first + 100)) for first in range(0, n, 100)]
+    return torch.cat([to_uint8(generation(denoiser, seeds=seeds)) for seeds in blocks])
 
 
 @cache

@@ -27,8 +27,8 @@ from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.evaluate import Samples, Scored, Yardstick, read_samples, score, yardstick
 from diffusion_lab.app.job import device_of
 from diffusion_lab.app.messages import translate
-from diffusion_lab.app.run import write_atomically
 from diffusion_lab.app.sheet import First, Row, Sheet, differing, grouped
+from diffusion_lab.files import write_atomically
 from diffusion_lab.metrics.protocol import Record
 
 FOLDER = "comparisons"

@@ -25,8 +25,9 @@ from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.display import show, shown
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.job import device_of, from_config
-from diffusion_lab.app.run import RunFolder, write_atomically
+from diffusion_lab.app.run import RunFolder
 from diffusion_lab.app.sample import default_out, draw, find_done
+from diffusion_lab.files import write_atomically
 from diffusion_lab.images import visible
 from diffusion_lab.metrics.features import FeatureExtractor
 from diffusion_lab.metrics.protocol import ALL_LABELS, UNKNOWN, Record, Source

@@ -29,7 +29,8 @@ from torch import Tensor
 from diffusion_lab.app import posthoc, record
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.errors import UserError, did_you_mean
-from diffusion_lab.app.run import RunFolder, identity, write_atomically
+from diffusion_lab.app.run import RunFolder, identity
+from diffusion_lab.files import write_atomically
 from diffusion_lab.modules.errors import RunError
 
 RAW = "raw"
@@ -217,7 +218,7 @@ def facts_of(
         sha256: `hash_tensors` of the denoiser.
     """
     kept = {} if folder.record.is_file() else metadata(folder.path / f"{name}.safetensors")
-    told = (record.read(folder.record).get("sessions") or [{}])[-1].get("git") or {}
+    told = record.last_session(record.read(folder.record)).get("git") or {}
     commit = str(told.get("commit", "unknown")) + (" with changes" if told.get("dirty") else "")
     return {
         "run": f"{config['name']}/{folder.path.name}",

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 
 from diffusion_lab.app.build import Loaded, instantiate, seeded
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.run import write_atomically
 from diffusion_lab.denoisers import LearnedVarianceDenoiser, NetworkDenoiser
 from diffusion_lab.denoisers.prediction import EDM, X0, Eps, V
+from diffusion_lab.files import write_atomically
 from diffusion_lab.networks.embeddings import LOGSNR_LIMIT
 from diffusion_lab.networks.unet import Stage, UNet
 

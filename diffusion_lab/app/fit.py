@@ -20,9 +20,10 @@ from torch import Tensor
 from diffusion_lab.app.build import Loaded, data_module, instantiate
 from diffusion_lab.app.display import Ticker
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.run import digest, write_atomically
+from diffusion_lab.app.run import digest
 from diffusion_lab.app.stored import TARGET, placed
 from diffusion_lab.denoisers.bridge import BridgeField
+from diffusion_lab.files import write_atomically
 from diffusion_lab.images import to_float
 from diffusion_lab.rng import SampleRNG
 

@@ -25,8 +25,8 @@ import torch
 from diffusion_lab.app.build import Loaded
 from diffusion_lab.app.errors import UserError, did_you_mean
 from diffusion_lab.app.fit import fit_parts
-from diffusion_lab.app.run import write_atomically
 from diffusion_lab.app.stored import planned
+from diffusion_lab.files import write_atomically
 from diffusion_lab.typing import NO_LABEL
 
 STRIDE = 2654435761

@@ -24,7 +24,8 @@ from diffusion_lab.app.allowlist import TRUST, needs_trust
 from diffusion_lab.app.choices import read_unchecked
 from diffusion_lab.app.display import clock
 from diffusion_lab.app.fit import describe_part
-from diffusion_lab.app.run import RunFolder, write_atomically
+from diffusion_lab.app.run import RunFolder
+from diffusion_lab.files import write_atomically
 
 CARD = "README.md"
 BEGIN, END = (

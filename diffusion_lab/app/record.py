@@ -21,7 +21,7 @@ from typing import Any
 
 from diffusion_lab.app.allowlist import TRUST
 from diffusion_lab.app.choices import plain_override
-from diffusion_lab.app.run import write_atomically
+from diffusion_lab.files import write_atomically
 
 PACKAGES = (
     "diffusion_lab torch lightning torchmetrics hydra-core omegaconf numpy scipy scikit-learn safetensors "
@@ -112,6 +112,11 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def last_session(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the newest session of a record wrote down; empty if there is none."""
+    return (record.get("sessions") or [{}])[-1]
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:

@@ -227,17 +227,6 @@ def _first_difference(old: Any, new: Any, prefix: str) -> str | None:
     return None if digest(old) == digest(new) else f"{prefix} (was {old!r}, now {new!r})"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file aside, then rename it into place: a reader sees the old one or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 @contextmanager
 def claimed(folder: RunFolder) -> Iterator[None]:
     """Hold a run for this process, so that no second one trains into the same folder.

@@ -33,7 +33,8 @@ from diffusion_lab.app.fit import describe_part
 from diffusion_lab.app.inputs import Measured, measured, read_inputs, read_measured
 from diffusion_lab.app.job import STRIDE, Job, from_config, read_job
 from diffusion_lab.app.probe import Probed, check_labels, probe
-from diffusion_lab.app.run import digest, write_atomically
+from diffusion_lab.app.run import digest
+from diffusion_lab.files import write_atomically
 from diffusion_lab.images import visible
 
 SHOWN_ROWS = 10

@@ -25,7 +25,8 @@ from diffusion_lab.app import launch, record, resume
 from diffusion_lab.app.build import build, plain
 from diffusion_lab.app.display import show, summary
 from diffusion_lab.app.errors import UserError, one_line
-from diffusion_lab.app.run import RunFolder, claimed, discard, identity, point_latest, write_atomically
+from diffusion_lab.app.run import RunFolder, claimed, discard, identity, point_latest
+from diffusion_lab.files import write_atomically
 
 
 def run(cfg: DictConfig) -> Path:
@@ -105,15 +106,13 @@ def _in_ranks(start: resume.Start, world: int, name: str) -> None:
     words = ["train", str(start.folder.path), *([str(start.checkpoint)] if start.checkpoint else [])]
     try:
         ended = launch.launch(words, world=world, logs=start.folder.logs)
-    except UserError:
-        # a mistake before the first checkpoint: there is no run that `latest` might lead to
-        if start.checkpoint is None and not any(start.folder.checkpoints.glob("*.ckpt")):
+    except BaseException as error:
+        found = record.read(start.folder.record)
+        never = start.checkpoint is None and record.last_session(found).get("begun") is False
+        # a mistake of the user's: his one line says all, so nothing is lost with the logs
+        if never and isinstance(error, UserError):
             discard(start.folder, name)
-        elif record.read(start.folder.record).get("status") == "running":
-            record.finish(start.folder.record, "failed")
-        raise
-    except BaseException:
-        if record.read(start.folder.record).get("status") == "running":
+        elif found.get("status") == "running":
             record.finish(start.folder.record, "failed")
         raise
     if record.read(start.folder.record).get("status") in ("preempted", "running"):
@@ -235,9 +234,8 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
         elif first:
             kind = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
             seen = int(getattr(parts.module, "images_seen", 0)) if parts is not None else 0
-            record.finish(
-                folder.record, kind, {"error": str(error) or type(error).__name__, "images_seen": seen}
-            )
+            told = {"error": str(error) or type(error).__name__, "images_seen": seen, "begun": begun}
+            record.finish(folder.record, kind, told)
         raise
     finally:
         if parts is not None:

@@ -15,8 +15,6 @@ import csv
 import importlib.util
 import json
 import math
-import os
-import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from diffusion_lab.callbacks.base import StepCallback, check_interval, due
+from diffusion_lab.files import write_atomically
 from diffusion_lab.loggers import CSVMetrics
 from diffusion_lab.modules.diffusion import DiffusionModule
 
@@ -149,10 +148,8 @@ class PruneHopeless(StepCallback):
 
     def _write(self, *, ended: bool) -> None:
         assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / f".{self.job}.{secrets.token_hex(8)}.tmp"
-        aside.write_text(json.dumps({"ended": ended, "curve": self.curve}) + "\n", encoding="utf-8")
-        os.replace(aside, self.folder / f"{self.job}.json")
+        found = json.dumps({"ended": ended, "curve": self.curve}) + "\n"
+        write_atomically(self.folder / f"{self.job}.json", found)
 
 
 def read_curve(path: Path) -> tuple[Curve, bool]:

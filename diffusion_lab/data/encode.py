@@ -34,6 +34,7 @@ from diffusion_lab.data.autoencoder import Autoencoder
 from diffusion_lab.data.errors import DataError
 from diffusion_lab.data.loader import Source
 from diffusion_lab.data.progress import progress
+from diffusion_lab.files import write_atomically
 from diffusion_lab.images import to_float
 from diffusion_lab.rng import derive_seed
 
@@ -219,9 +220,7 @@ _WORDS = {"data": "data set", "sha256_of_autoencoder": "autoencoder"}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def _encode_split(

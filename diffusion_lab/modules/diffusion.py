@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from diffusion_lab.denoisers import NetworkDenoiser
 from diffusion_lab.losses.adaptive import Adaptive
 from diffusion_lab.losses.denoising import LossTerms
-from diffusion_lab.modules.errors import RunError
+from diffusion_lab.modules.errors import DoesNotFit, RunError
 from diffusion_lab.modules.finite import FiniteGuard
 from diffusion_lab.modules.learning_rate import Constant, LRSchedule
 from diffusion_lab.modules.ranks import sum_over_ranks
@@ -187,7 +187,7 @@ class DiffusionModule(pl.LightningModule):
         """Check that the batch can be shared out evenly, and compile the network if asked."""
         shares = self.trainer.world_size * self.trainer.accumulate_grad_batches
         if self.global_batch_size % shares:
-            raise RunError(
+            raise DoesNotFit(
                 f"batch_size {self.global_batch_size} does not divide among {self.trainer.world_size} processes x "
                 f"{self.trainer.accumulate_grad_batches} accumulated micro-batches"
             )

@@ -87,6 +87,16 @@ def check_grid(grid: Tensor) -> Tensor:
     return grid
 
 
+def check_rng(sampler: object, rng: SampleRNG | None) -> None:
+    """Refuse to draw noise without streams to draw it from.
+
+    Raises:
+        ValueError: If there is no `rng`; names the sampler.
+    """
+    if rng is None:
+        raise ValueError(f"{type(sampler).__name__} draws noise: give it rng=SampleRNG(seeds)")
+
+
 class Stepper(ABC):
     """A sampler that is one step, repeated along the grid."""
 
@@ -144,8 +154,8 @@ class Stepper(ABC):
         Raises:
             ValueError: If the grid is malformed, or a stochastic sampler is given no `rng`.
         """
-        if self.stochastic and rng is None:
-            raise ValueError(f"{type(self).__name__} draws noise: give it rng=SampleRNG(seeds)")
+        if self.stochastic:
+            check_rng(self, rng)
         bound, state = BoundDenoiser(denoiser, cond), None
         levels = check_grid(grid).unbind(0)
         for index, (logsnr, logsnr_next) in enumerate(pairwise(levels)):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from diffusion_lab.process.gaussian import add_noise
 from diffusion_lab.rng import SampleRNG
-from diffusion_lab.samplers.base import BoundDenoiser, State, Stepper, check_grid
+from diffusion_lab.samplers.base import BoundDenoiser, State, Stepper, check_grid, check_rng
 from diffusion_lab.typing import Cond, DenoiserFn, OnStep
 
 Segment = tuple[int, int, float, float]
@@ -112,8 +112,8 @@ class Restart:
         Raises:
             ValueError: If the grid is malformed, too coarse for a segment, or noise is needed and `rng` is missing.
         """
-        if self.stochastic and rng is None:
-            raise ValueError(f"{type(self).__name__} draws noise: give it rng=SampleRNG(seeds)")
+        if self.stochastic:
+            check_rng(self, rng)
         bound, state = BoundDenoiser(denoiser, cond), None
         grid = check_grid(grid)
         returns = self._returns(grid)

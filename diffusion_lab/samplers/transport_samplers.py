@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffusion_lab.denoisers.bridge import SOURCE, BridgeField, time_of
 from diffusion_lab.rng import SampleRNG
-from diffusion_lab.samplers.base import check_grid
+from diffusion_lab.samplers.base import check_grid, check_rng
 from diffusion_lab.samplers.transport import OnTime, transport_ode, transport_sde
 from diffusion_lab.typing import Cond, DenoiserFn, OnStep
 
@@ -140,8 +140,8 @@ class TransportSDE:
             ValueError: Also if there is no `rng`, or no score because the bridge has no noise.
         """
         field = _field(denoiser, self)
-        if rng is None:
-            raise ValueError("TransportSDE draws noise: give it rng=SampleRNG(seeds)")
+        check_rng(self, rng)
+        assert rng is not None
         if field.bridge.noise == 0.0:
             raise ValueError("a bridge without noise has no score, and so no SDE: sampler=transport_ode")
         return transport_sde(

@@ -10,6 +10,7 @@ import yaml
 
 from diffusion_lab.app import record, resume, run
 from diffusion_lab.app.errors import UserError
+from diffusion_lab.files import write_atomically
 
 CONFIG = {
     "name": "digits/quickstart",
@@ -121,7 +122,7 @@ def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
 
 def test_writing_aside_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
-    run.write_atomically(path, "old")
+    write_atomically(path, "old")
 
     def full(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -129,7 +130,7 @@ def test_writing_aside_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_text", full)
         with pytest.raises(OSError, match="No space"):
-            run.write_atomically(path, "new")
+            write_atomically(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["record.json"]
 
 
@@ -208,7 +209,7 @@ def test_a_run_that_never_began_leaves_nothing(tmp_path, capfd):
 
     home = tmp_path / "digits" / "quickstart"
     first = run.create(tmp_path, "digits/quickstart")
-    run.write_atomically(first.config, "name: digits/quickstart\n")
+    write_atomically(first.config, "name: digits/quickstart\n")
     words = ["experiment=digits/quickstart", f"paths.runs={tmp_path}", "model.attention=[3]"]
     assert cli.main("train", words) == 2
     assert "attention" in capfd.readouterr().err

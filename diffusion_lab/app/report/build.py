@@ -20,7 +20,8 @@ from diffusion_lab.app import record
 from diffusion_lab.app.display import clock, newest, read_metrics
 from diffusion_lab.app.report import figures, page
 from diffusion_lab.app.report.charts import charts
-from diffusion_lab.app.run import RunFolder, write_atomically
+from diffusion_lab.app.run import RunFolder
+from diffusion_lab.files import write_atomically
 
 REAL = "real.png"
 REAL_ROWS = 4
@@ -77,7 +78,7 @@ def _subtitle(config: Mapping[str, Any], run_id: str) -> str:
 def _facts(
     config: Mapping[str, Any], told: Mapping[str, Any], rows: Sequence[Mapping[str, float]]
 ) -> dict[str, str | None]:
-    session = (told.get("sessions") or [{}])[-1]
+    session = record.last_session(told)
     git = session.get("git") or {}
     commit = (
         f"{git['commit'][:10]}{' + uncommitted changes' if git.get('dirty') else ''}"

@@ -233,13 +233,13 @@ def come_to(entry: Entry, folder: RunFolder | None, objective: str | None) -> En
     metrics: dict[str, float] = {}
     for row in read_metrics(folder.metrics_csv):
         metrics.update(row)
-    sessions = told.get("sessions") or [{}]
-    if sessions[-1].get("images_seen") is not None:
-        metrics["images_seen"] = float(sessions[-1]["images_seen"])
+    session = record.last_session(told)
+    if session.get("images_seen") is not None:
+        metrics["images_seen"] = float(session["images_seen"])
     status, reason = entry.status, entry.reason
     if status == "finished" and told.get("status") in ("stopped", "pruned"):
         status = told["status"]
-        reason = sessions[-1].get("reason") or sessions[-1].get("stopped_by")
+        reason = session.get("reason") or session.get("stopped_by")
     found = name_of(metrics, objective)
     if found is None and objective is not None and status in ("finished", "stopped"):
         there = ", ".join(sorted(set(metrics) - {"images_seen"}))
@@ -274,7 +274,7 @@ def is_finished(folder: RunFolder, max_images: int) -> bool:
     from diffusion_lab.app import record
 
     told = record.read(folder.record)
-    seen = (told.get("sessions") or [{}])[-1].get("images_seen")
+    seen = record.last_session(told).get("images_seen")
     return told.get("status") == "finished" and seen is not None and seen >= max_images
 
 
@@ -291,8 +291,7 @@ def _queue_again(entry: Entry) -> None:
     warning = _warning_of_submitit()
     if warning is None or entry.run is None:
         return
-    sessions = record.read(RunFolder(Path(entry.run)).record).get("sessions") or [{}]
-    if sessions[-1].get("signal") == warning:
+    if record.last_session(record.read(RunFolder(Path(entry.run)).record)).get("signal") == warning:
         # the training has taken the signal for itself; now it is submitit's turn
         os.kill(os.getpid(), signal.Signals[warning])
         time.sleep(60.0)

@@ -28,14 +28,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.app.run import (
-    NOT_IDENTITY,
-    RunFolder,
-    digest,
-    identity,
-    list_runs,
-    write_atomically,
-)
+from diffusion_lab.app.run import NOT_IDENTITY, RunFolder, digest, identity, list_runs
+from diffusion_lab.files import write_atomically
 
 SWEEPS = "sweeps"
 CLAIMS = ".claims"
@@ -271,7 +265,7 @@ def find_run(config: Mapping[str, Any], varied: Sequence[str]) -> RunFolder | No
     for folder in list_runs(Path(config["paths"]["runs"]) / config["name"]):
         # the record is read fast, a config is not
         told = record.read(folder.record)
-        seen = (told.get("sessions") or [{}])[-1].get("images_seen") or 0
+        seen = record.last_session(told).get("images_seen") or 0
         # one that went on for longer is another job's, whose numbers are not this one's
         if told.get("identity", own) != own or seen > config["max_images"]:
             continue

@@ -297,8 +297,8 @@ def _conclude(session: Session, folder: Path, direction: str) -> tuple[int, int]
     """Print the table and write the page; return how many jobs there are, and how many failed."""
     from diffusion_lab.app.display import show
     from diffusion_lab.app.report.sweep import write_up
-    from diffusion_lab.app.run import write_atomically
     from diffusion_lab.app.sweep.table import collect, table
+    from diffusion_lab.files import write_atomically
 
     assert session.sweep is not None
     found = collect(session.sweep, direction)

@@ -21,7 +21,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from diffusion_lab.app.choices import _quote
-from diffusion_lab.app.run import write_atomically
+from diffusion_lab.files import write_atomically
 
 NAME = "sweep"
 FILE = "study.json"

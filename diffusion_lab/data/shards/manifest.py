@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusion_lab.data.errors import DataError
+from diffusion_lab.files import write_atomically
 
 FILE = "manifest.json"
 FORMAT = "diffusion_lab shards 1"
@@ -47,10 +47,8 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder, aside first."""
-    aside = root / f".{FILE}.{os.getpid()}.part"
-    aside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    aside.replace(root / FILE)
+    """Write the manifest of a folder."""
+    write_atomically(root / FILE, json.dumps(manifest, indent=1) + "\n")
 
 
 def read_classes(root: Path) -> list[str] | None:
