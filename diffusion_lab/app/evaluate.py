@@ -31,7 +31,7 @@ from diffusion_lab.files import write_atomically
 from diffusion_lab.images import visible
 from diffusion_lab.metrics.features import FeatureExtractor
 from diffusion_lab.metrics.protocol import ALL_LABELS, UNKNOWN, Record, Source
-from diffusion_lab.metrics.quality import evaluate_images
+from diffusion_lab.metrics.quality import Real, evaluate_images
 
 CACHE = "statistics"
 
@@ -149,11 +149,9 @@ def score(samples: Samples, judge: Yardstick) -> list[Record]:
         return evaluate_images(
             samples.images,
             labels if labels is not None and bool((labels >= 0).any()) else None,
-            judge.reference,
+            Real(images=judge.reference, labels=judge.reference_labels, name="test"),
             judge.extractor,
-            reference_labels=judge.reference_labels,
-            reference_name="test",
-            real_images=judge.real,
+            train=Real(images=judge.real, labels=judge.real_labels, name="train"),
             source=samples.source,
             cache=_cache_folder(),
             device=judge.device,

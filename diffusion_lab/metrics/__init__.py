@@ -1,10 +1,11 @@
 """Numbers about image sets, each with the protocol under which it was measured.
 
-    uint8 images --features--> vectors --stats--> mean, covariance --frechet--> distance --protocol--> Record
+    uint8 images --features--> vectors --collect--> summaries --measures--> numbers --protocol--> Record
 
-`quality.evaluate` and `quality.evaluate_images` do all of it in one pass.
+`quality.evaluate_images` does all of it in one pass.
 """
 
+from diffusion_lab.metrics.collect import Collected, collect
 from diffusion_lab.metrics.features import (
     MNISTCNN,
     Classifier,
@@ -16,14 +17,15 @@ from diffusion_lab.metrics.features import (
 )
 from diffusion_lab.metrics.frechet import frechet_distance, frechet_from_stats
 from diffusion_lab.metrics.protocol import FID50K, Protocol, Record, Source, describe_seeds, standard_protocol
-from diffusion_lab.metrics.quality import evaluate, evaluate_images
-from diffusion_lab.metrics.reference import Reference, reference_statistics
+from diffusion_lab.metrics.quality import Real, evaluate_images, judge
+from diffusion_lab.metrics.reference import collect_kept
 from diffusion_lab.metrics.stats import GaussianStats, gaussian_stats
 
 __all__ = [
     "FID50K",
     "MNISTCNN",
     "Classifier",
+    "Collected",
     "Coordinates",
     "DigitsCNN",
     "FeatureExtractor",
@@ -32,14 +34,15 @@ __all__ = [
     "Pixels",
     "Protocol",
     "Record",
-    "Reference",
+    "Real",
     "Source",
+    "collect",
+    "collect_kept",
     "describe_seeds",
-    "evaluate",
     "evaluate_images",
     "frechet_distance",
     "frechet_from_stats",
     "gaussian_stats",
-    "reference_statistics",
+    "judge",
     "standard_protocol",
 ]

@@ -14,14 +14,16 @@ meant.
 | `MNISTCNN` | 64 of a classifier of MNIST | in the package |
 | `Inception` (`metrics/inception.py`) | 2048 of the Inception network of the FID | a file |
 
-A classifier's `features_and_logits` gives both from one pass; `diffusion_lab.metrics.train_classifier` makes the
-weights.
+An extractor may have more outputs than its features, from the same pass: `logits`, the scores of classes, and
+`spatial`, features that still know where they are. `extract` asks for them by name. A `Classifier` is one whose classes
+are those of the data; `diffusion_lab.metrics.train_classifier` makes the weights of ours.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -35,15 +37,23 @@ from diffusion_lab.metrics.inception import Inception
 from diffusion_lab.metrics.small_cnn import SmallCNN
 
 __all__ = [
+    "FEATURES",
+    "LOGITS",
+    "SPATIAL",
     "Classifier",
     "Coordinates",
     "DigitsCNN",
     "FeatureExtractor",
     "Inception",
     "MNISTCNN",
+    "ManyOutputs",
     "Pixels",
     "UpsampledDigitsCNN",
+    "extract",
+    "offered",
 ]
+
+FEATURES, LOGITS, SPATIAL = "features", "logits", "spatial"
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -73,6 +83,50 @@ class Classifier(FeatureExtractor, Protocol):
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features `(N, d)` and class logits `(N, K)` from one pass."""
         ...
+
+
+@runtime_checkable
+class ManyOutputs(FeatureExtractor, Protocol):
+    """A feature extractor with outputs besides the features."""
+
+    outputs: tuple[str, ...]
+    """Their names, `features` among them."""
+
+    def extract(self, images: Tensor, outputs: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return the outputs asked for, `(N, d)` each, from one pass over images `(N, C, H, W)` uint8."""
+        ...
+
+
+def offered(extractor: FeatureExtractor) -> tuple[str, ...]:
+    """Return the names of an extractor's outputs."""
+    if isinstance(extractor, ManyOutputs):
+        return extractor.outputs
+    return (FEATURES, LOGITS) if isinstance(extractor, Classifier) else (FEATURES,)
+
+
+def extract(extractor: FeatureExtractor, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
+    """Return outputs of an extractor from one pass.
+
+    Args:
+        extractor: The extractor.
+        images: `(N, C, H, W)` uint8, or points.
+        outputs: Names of outputs.
+
+    Returns:
+        Each output `(N, d)`.
+
+    Raises:
+        ValueError: If the extractor has no such output.
+    """
+    unknown = [name for name in outputs if name not in offered(extractor)]
+    if unknown:
+        raise ValueError(f"{extractor.name} has the outputs {', '.join(offered(extractor))}, no {unknown[0]}")
+    if isinstance(extractor, ManyOutputs):
+        return dict(extractor.extract(images, outputs))
+    if LOGITS in outputs and isinstance(extractor, Classifier):
+        features, logits = extractor.features_and_logits(images)
+        return {FEATURES: features, LOGITS: logits}
+    return {FEATURES: extractor(images)}
 
 
 class Pixels(nn.Module):

@@ -42,8 +42,14 @@ class Protocol:
         resize: How the extractor resizes images.
         quantisation: How floats became bytes.
         reference: Name of the set of real images compared with.
+        reference_sha256: Start of the hash of its content; "" takes any.
         n: Number of images judged, at least.
         averaged: Whether samples must come from averaged weights (EMA).
+        ema: Name of the average that they must come from; "" takes any.
+        seeds: The samples' seeds as `Source` words them; "" takes any.
+        sampler: Start of the sampler's description, such as "HeunEDM("; "" takes any.
+        guidance: Start of the guidance's description; "" takes any.
+        nfe: Evaluations of the network for one sample; None takes any.
 
     Raises:
         ValueError: If n is below 2.
@@ -55,8 +61,14 @@ class Protocol:
     resize: str = "none"
     quantisation: str = QUANTISATION
     reference: str = "test"
+    reference_sha256: str = ""
     n: int
     averaged: bool = True
+    ema: str = ""
+    seeds: str = ""
+    sampler: str = ""
+    guidance: str = ""
+    nfe: int | None = None
 
     def __post_init__(self) -> None:
         if self.n < 2:
@@ -110,8 +122,13 @@ class Record:
     """A value with its protocol, and what was in fact done.
 
     Args:
-        metric: "frechet" or "accuracy".
+        metric: What was measured, such as "frechet" or "accuracy".
+        short: What tables call it, such as `FD`.
+        published: What it is called in features of the published Inception network, such as `FID`; "" for the same.
+        better: "lower" or "higher".
+        percent: Whether it is a share, shown in per cent.
         value: The number.
+        spread: Its standard deviation over parts or subsets; None where the measure has none.
         real: The same number for real images: the floor of a distance, the ceiling of an accuracy; None if not taken.
         real_n: Number of real images behind `real`.
         protocol: The conditions it should fulfil.
@@ -127,7 +144,12 @@ class Record:
     """
 
     metric: str
+    short: str = "FD"
+    published: str = "FID"
+    better: str = "lower"
+    percent: bool = False
     value: float
+    spread: float | None = None
     real: float | None = None
     real_n: int | None = None
     protocol: Protocol
@@ -152,8 +174,22 @@ class Record:
                 found.append(f"{what} {getattr(self, what)} instead of {getattr(asked, what)}")
         if not self.features_sha256.startswith(asked.features_sha256):
             found.append(f"feature weights {self.features_sha256[:8]} instead of {asked.features_sha256[:8]}")
+        if not self.reference_sha256.startswith(asked.reference_sha256):
+            found.append(
+                f"reference with hash {self.reference_sha256[:8]} instead of {asked.reference_sha256[:8]}"
+            )
         if asked.averaged and self.source.ema == RAW:
             found.append("raw weights instead of averaged")
+        elif asked.ema and self.source.ema not in (asked.ema, UNKNOWN):
+            found.append(f"weights {self.source.ema} instead of {asked.ema}")
+        if asked.seeds and self.source.seeds not in (asked.seeds, UNKNOWN):
+            found.append(f"seeds {self.source.seeds} instead of {asked.seeds}")
+        for what in ("sampler", "guidance"):
+            done, wanted = getattr(self.source, what), getattr(asked, what)
+            if done != UNKNOWN and not done.startswith(wanted):
+                found.append(f"{what} {done} instead of {wanted}")
+        if asked.nfe is not None and self.source.nfe not in (asked.nfe, None):
+            found.append(f"NFE {self.source.nfe} instead of {asked.nfe}")
         if self.source.labels not in (UNKNOWN, ALL_LABELS):
             found.append(f"labels {self.source.labels} instead of all")
         return tuple(found)
@@ -161,11 +197,10 @@ class Record:
     @property
     def label(self) -> str:
         """The only name under which the value may be shown, such as `FD@1437 (digits-cnn)`."""
-        if self.metric != "frechet":
-            return f"{self.metric}@{self.n} ({self.features})"
         if not is_published(self.features, self.features_sha256):
-            return f"FD@{self.n} ({self.features})"
-        return "FID" if not self.deviations and self.n >= FID50K.n else f"FID@{self.n}"
+            return f"{self.short}@{self.n} ({self.features})"
+        name = self.published or self.short
+        return name if not self.deviations and self.n >= FID50K.n else f"{name}@{self.n}"
 
     @property
     def conditions(self) -> str:
@@ -183,11 +218,12 @@ class Record:
 
     def shown(self) -> str:
         """The value as text, with that of real images beside it where it was taken."""
-        show = _percent if self.metric == "accuracy" else _number
+        show = _percent if self.percent else _number
+        value = show(self.value) if self.spread is None else f"{show(self.value)} ± {show(self.spread)}"
         if self.real is None:
-            return show(self.value)
+            return value
         other = "" if self.real_n in (None, self.n) else f"@{self.real_n}"
-        return f"{show(self.value)} (real{other} {show(self.real)})"
+        return f"{value} (real{other} {show(self.real)})"
 
     def differences(self, other: Record) -> tuple[str, ...]:
         """What makes two values incomparable, in words; empty if they may stand in one table.
@@ -226,6 +262,10 @@ class Record:
             ValueError: If a field is missing or unknown.
         """
         given = {key: value for key, value in data.items() if key not in ("label", "deviations")}
+        if (
+            given.get("metric") == "accuracy" and "short" not in given
+        ):  # written before records said how to show them
+            given |= {"short": "accuracy", "published": "", "better": "higher", "percent": True}
         names = {field.name for field in fields(cls)}
         try:
             protocol, source = Protocol(**given.pop("protocol")), Source(**given.pop("source"))
@@ -237,7 +277,12 @@ class Record:
 
 
 def standard_protocol(
-    *, features: str, features_sha256: str, resize: str, quantisation: str, train_n: int | None
+    *,
+    features: str,
+    features_sha256: str,
+    resize: str,
+    quantisation: str = QUANTISATION,
+    train_n: int | None,
 ) -> Protocol:
     """Return the house's protocol for an extractor: `FID50K` for Inception, else a comparison at equal n.
 

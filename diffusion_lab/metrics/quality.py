@@ -1,210 +1,218 @@
 r"""How good is a set of images? One pass over their features, and a record for every number.
 
-    samples --extractor--> features --GaussianStats--> Fréchet distance to the reference     real: that of train images
-                       \-> logits   --argmax--------> share recognised as the class asked for   real: the reference's
+    samples, reference, real, train --collect--> `Collected` --measures--> readings --protocol--> records
 
-Both distances, of samples and of real training images, are measured against the same reference at the same n, because
-the distance is biased by n: the printed pair is comparable, and the second is the floor.
+Both values of a pair, of samples and of real images, are measured against the same reference at the same n, because
+most numbers depend on n: the printed pair is comparable, and the second is the floor (or the ceiling).
 
-`evaluate` takes a stream of batches and holds one matrix of the feature dimension, whatever n; with `reduce` every
-process brings its share. `evaluate_images` is the same for tensors in memory.
+`judge` is for sets that were collected already, in blocks or by several processes; `evaluate_images` does all of it for
+tensors in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_lab.images import QUANTISATION
-from diffusion_lab.metrics.features import Classifier, FeatureExtractor
-from diffusion_lab.metrics.frechet import frechet_from_stats
+from diffusion_lab.metrics.collect import UNQUANTISED, Collected, spread
+from diffusion_lab.metrics.features import FeatureExtractor
+from diffusion_lab.metrics.measures.accuracy import Accuracy
+from diffusion_lab.metrics.measures.base import (
+    REAL,
+    REFERENCE,
+    SAMPLES,
+    TRAIN,
+    Measure,
+    Sets,
+    hindrance,
+    wanted_of,
+)
+from diffusion_lab.metrics.measures.frechet import Frechet
 from diffusion_lab.metrics.protocol import Protocol, Record, Source, standard_protocol
-from diffusion_lab.metrics.reference import Reference, reference_statistics
-from diffusion_lab.metrics.stats import GaussianStats, Reduce
+from diffusion_lab.metrics.reference import collect_kept
 
-UNQUANTISED = "none (floats)"
+USUAL: tuple[Measure, ...] = (Frechet(), Accuracy())
+"""What is measured where nothing else is asked for."""
 
 
-@torch.no_grad()
-def evaluate(
-    batches: Iterable[tuple[Tensor, Tensor | None]],
+@dataclass(frozen=True, kw_only=True)
+class Real:
+    """Real images that samples are compared with, in memory.
+
+    Attributes:
+        images: `(N, C, H, W)` uint8, or points.
+        labels: `(N,)` classes, or None.
+        name: "test", "train", or what the set is called.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    name: str
+
+
+def judge(
+    sets: Sets,
     *,
-    extractor: FeatureExtractor,
-    reference: Reference,
-    real: Reference | None = None,
+    measures: Sequence[Measure] = USUAL,
     protocol: Protocol | None = None,
     source: Source | None = None,
-    reduce: Reduce | None = None,
-    device: torch.device | str = "cpu",
 ) -> list[Record]:
-    """Judge a stream of images in one pass.
+    """Measure samples that were collected, with all that the measures need.
 
     Args:
-        batches: Pairs of images `(N, C, H, W)` uint8 and the labels `(N,)` asked for, or None; a label below 0 asks for
-            nothing and is not judged.
-        extractor: The features, on `device`.
-        reference: Real images to compare with.
-        real: Other real images, for the floor; as many as there are samples.
-        protocol: Conditions to fulfil; None takes `standard_protocol`.
-        source: Where the images came from.
-        reduce: Sums a float64 tensor over all processes, each of which calls this with its share; None for one process.
-        device: Where the extractor is.
+        sets: The samples, the reference and what else there is, see `measures/base.py`.
+        measures: What to measure.
+        protocol: Conditions to fulfil; None takes `standard_protocol`, with n the number of real images.
+        source: Where the samples came from.
 
     Returns:
-        The record of the Fréchet distance, then that of the accuracy where there are labels and a classifier.
+        A record for every reading, in the order of the measures.
 
     Raises:
-        ValueError: If images and reference differ in shape, the reference was made with other features, or there are
-            fewer than two images.
+        ValueError: If the sets differ in shape or were seen through different extractors, or there are fewer than two
+            images.
     """
-    for other in (reference, *([real] if real is not None else [])):
-        if (other.features, other.features_sha256) != (extractor.name, extractor.sha256):
-            raise ValueError(
-                f"statistics of {other.name} were made with {other.features} {other.features_sha256[:8]}, "
-                f"not with {extractor.name} {extractor.sha256[:8]}"
-            )
-        if other.shape != reference.shape:
-            raise ValueError(f"{other.name} has images {other.shape}, {reference.name} {reference.shape}")
-    judge = extractor if isinstance(extractor, Classifier) else None
-    stats = GaussianStats(dim=extractor.dim if extractor.dim is not None else reference.stats.dim)
-    correct = judged = 0
-    quantised = True
-    for images, labels in batches:
-        if tuple(images.shape[1:]) != reference.shape:
-            raise ValueError(
-                f"images {tuple(images.shape[1:])} cannot be compared with {reference.shape} of {reference.name}"
-            )
-        quantised = quantised and images.dtype == torch.uint8
-        if judge is not None and labels is not None:
-            features, logits = judge.features_and_logits(images.to(device))
-            asked = labels.to(logits.device) >= 0
-            correct += int(((logits.argmax(dim=1) == labels.to(logits.device)) & asked).sum())
-            judged += int(asked.sum())
-        else:
-            features = extractor(images.to(device))
-        stats.update(features)
-    if reduce is not None:
-        stats = stats.all_reduce(reduce)
-        counts = reduce(torch.tensor([correct, judged], dtype=torch.float64, device=stats.mean.device))
-        correct, judged = (round(count) for count in counts.tolist())
-    if stats.n < 2:
-        raise ValueError(f"a distance needs at least two images, there are {stats.n}")
-
-    quantisation = QUANTISATION if quantised else UNQUANTISED
+    samples, reference = sets[SAMPLES], sets[REFERENCE]
+    for other in sets.values():
+        check_same(other, samples)
+    if samples.n < 2:
+        raise ValueError(f"a distance needs at least two images, there are {samples.n}")
     if protocol is None:
         protocol = standard_protocol(
-            features=extractor.name,
-            features_sha256=extractor.sha256,
-            resize=extractor.resize,
-            quantisation=quantisation,
-            train_n=real.n if real is not None else None,
+            features=samples.features,
+            features_sha256=samples.features_sha256,
+            resize=samples.resize,
+            quantisation=samples.quantisation,
+            train_n=sets[REAL].n if REAL in sets else None,
         )
-
-    def record(metric: str, value: float, n: int, real_value: float | None, real_n: int | None) -> Record:
-        return Record(
-            metric=metric,
-            value=value,
-            real=real_value,
-            real_n=real_n,
-            protocol=protocol,
-            features=extractor.name,
-            features_sha256=extractor.sha256,
-            resize=extractor.resize,
-            quantisation=quantisation,
-            n=n,
-            reference=reference.name,
-            reference_sha256=reference.sha256,
-            reference_n=reference.n,
-            source=source if source is not None else Source(),
+    records = []
+    for reading in (reading for measure in measures for reading in measure(sets)):
+        compared = next((one for one in sets.values() if one.name == reading.against), reference)
+        records.append(
+            Record(
+                metric=reading.quantity.name,
+                short=reading.quantity.short,
+                published=reading.quantity.published,
+                better=reading.quantity.better,
+                percent=reading.quantity.percent,
+                value=reading.value,
+                spread=reading.spread,
+                real=reading.real,
+                real_n=reading.real_n,
+                protocol=protocol,
+                features=samples.features,
+                features_sha256=samples.features_sha256,
+                resize=samples.resize,
+                quantisation=samples.quantisation,
+                n=reading.n,
+                reference=compared.name,
+                reference_sha256=compared.sha256,
+                reference_n=compared.n,
+                source=source if source is not None else Source(),
+            )
         )
-
-    floor = frechet_from_stats(real.stats, reference.stats) if real is not None else None
-    distance = frechet_from_stats(stats, reference.stats)
-    records = [record("frechet", distance, stats.n, floor, real.n if real is not None else None)]
-    if judged > 0:
-        ceiling_n = reference.n if reference.accuracy is not None else None
-        records.append(record("accuracy", correct / judged, judged, reference.accuracy, ceiling_n))
     return records
+
+
+def check_same(other: Collected, samples: Collected) -> None:
+    """Raise ValueError unless two sets were seen alike."""
+    if (other.features, other.features_sha256) != (samples.features, samples.features_sha256):
+        raise ValueError(
+            f"statistics of {other.name} were made with {other.features} {other.features_sha256[:8]}, "
+            f"not with {samples.features} {samples.features_sha256[:8]}"
+        )
+    if other.shape and samples.shape and other.shape != samples.shape:
+        raise ValueError(
+            f"{samples.name} has images {samples.shape}, which cannot be compared with {other.shape} of {other.name}"
+        )
 
 
 def evaluate_images(
     images: Tensor,
     labels: Tensor | None,
-    reference_images: Tensor,
+    reference: Real,
     extractor: FeatureExtractor,
     protocol: Protocol | None = None,
     *,
-    reference_labels: Tensor | None = None,
-    reference_name: str = "test",
-    real_images: Tensor | None = None,
+    measures: Sequence[Measure] = USUAL,
+    train: Real | None = None,
+    stand_in: Real | None = None,
     source: Source | None = None,
     cache: Path | None = None,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
+    on_hindrance: Callable[[str, str], None] | None = None,
 ) -> list[Record]:
     """Judge images that are all in memory.
 
     Args:
         images: `(N, C, H, W)` uint8.
-        labels: `(N,)` classes asked for, or None.
-        reference_images: `(M, C, H, W)` uint8, real.
+        labels: `(N,)` classes asked for, or None; below 0 where none was.
+        reference: Real images to compare with.
         extractor: The features; moved to `device`.
-        protocol: Conditions to fulfil; None takes the standard one, with n the size of `real_images`.
-        reference_labels: `(M,)` true classes, for the accuracy on real images.
-        reference_name: What the reference is called.
-        real_images: Other real images, in general the train split; as many of them as there are samples, spread evenly,
-            give the floor.
+        protocol: Conditions to fulfil; None takes the standard one, with n the size of the train split.
+        measures: What to measure.
+        train: All images the model was trained on.
+        stand_in: Real images that stand in for samples, as many of them as there are, spread evenly; None takes them
+            from `train`, unless that is the reference.
         source: Where the images came from.
-        cache: Folder for the statistics of real images.
+        cache: Folder for the summaries of real images.
         batch_size: Images in one pass.
         device: Where to compute.
+        on_hindrance: Called with name and reason of a measure that does not apply; such a measure is left out.
 
     Returns:
-        As `evaluate`.
+        A record for every reading.
 
     Raises:
-        ValueError: As `evaluate`, or if images and labels differ in number.
+        ValueError: As `judge`, or if images and labels differ in number.
     """
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(images)} images have {len(labels)} labels")
     if isinstance(extractor, nn.Module):
         extractor.to(device)
-
-    def statistics(of: Tensor, name: str, classes: Tensor | None) -> Reference:
-        return reference_statistics(
-            of, extractor, name=name, labels=classes, folder=cache, batch_size=batch_size, device=device
+    labels = labels if labels is not None and bool((labels >= 0).any()) else None
+    if stand_in is None and train is not None and train.name != reference.name:
+        stand_in = train
+    there: dict[str, Real] = {SAMPLES: Real(images=images, labels=labels, name=SAMPLES), REFERENCE: reference}
+    if stand_in is not None:
+        rows = spread(len(stand_in.images), len(images))
+        of_rows = None if stand_in.labels is None else stand_in.labels[rows]
+        there[REAL] = Real(images=stand_in.images[rows], labels=of_rows, name=REAL)
+    if train is not None:
+        there[TRAIN] = train
+    if protocol is None and stand_in is not None:
+        protocol = standard_protocol(
+            features=extractor.name,
+            features_sha256=extractor.sha256,
+            resize=extractor.resize,
+            quantisation=QUANTISATION if images.dtype == torch.uint8 else UNQUANTISED,
+            train_n=len(stand_in.images),
         )
-
-    real = None
-    if real_images is not None:
-        real = statistics(real_images[spread(len(real_images), len(images))], "real", None)
-        if protocol is None:
-            protocol = standard_protocol(
-                features=extractor.name,
-                features_sha256=extractor.sha256,
-                resize=extractor.resize,
-                quantisation=QUANTISATION if images.dtype == torch.uint8 else UNQUANTISED,
-                train_n=len(real_images),
-            )
-    starts = range(0, len(images), batch_size)
-    return evaluate(
-        (
-            (images[i : i + batch_size], None if labels is None else labels[i : i + batch_size])
-            for i in starts
-        ),
-        extractor=extractor,
-        reference=statistics(reference_images, reference_name, reference_labels),
-        real=real,
-        protocol=protocol,
-        source=source,
-        device=device,
-    )
-
-
-def spread(length: int, n: int) -> Tensor:
-    """Return indices of `n` of `length` items at even distances (all of them where there are not so many)."""
-    n = min(n, length)
-    return torch.arange(n, dtype=torch.int64) * length // max(n, 1)
+    applicable = []
+    for measure in measures:
+        reason = hindrance(measure, extractor, there, labelled=labels is not None)
+        if not reason:
+            applicable.append(measure)
+        elif on_hindrance is not None:
+            on_hindrance(measure.name, reason)
+    sets = {
+        part: collect_kept(
+            one.images,
+            extractor,
+            wanted,
+            name=one.name,
+            labels=one.labels,
+            folder=None if part == SAMPLES else cache,
+            batch_size=batch_size,
+            device=device,
+        )
+        for part, one in there.items()
+        if (wanted := wanted_of(applicable, part)) or part in (SAMPLES, REFERENCE)
+    }
+    return judge(sets, measures=applicable, protocol=protocol, source=source)

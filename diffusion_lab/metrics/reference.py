@@ -1,10 +1,10 @@
-r"""Statistics of real images, kept under what they were made of.
+r"""Summaries of real images, kept under what they were made of.
 
 torch-fidelity keeps its cache under a name that the user chooses, so new weights or other images silently meet old
 statistics. Here the key is content: hash of the images (shape, type, bytes), of the labels, of the extractor's
-weights, its name and its resize. The file is a safetensors with the key spelt out in its metadata, which is compared
-when it is read; a statistic made under another protocol cannot be taken for this one, and a damaged file is made
-anew.
+weights, its name and its resize, and the specification of what is kept. The file is a safetensors with the key spelt
+out in its metadata, which is compared when it is read; a statistic made under another protocol cannot be taken for this
+one, and a damaged file is made anew. One pass over the images makes all that is missing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,38 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion_lab.metrics.features import Classifier, FeatureExtractor
-from diffusion_lab.metrics.stats import GaussianStats
+from diffusion_lab.metrics.collect import Collect, Collected, Collector, Piece, collect, pieces_of
+from diffusion_lab.metrics.features import FeatureExtractor
 
-FORMAT = "1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """Statistics of one set of real images under one extractor.
-
-    Args:
-        name: "test", "train", or what the set is.
-        sha256: Hash of the images.
-        shape: Shape of one image.
-        features: Name of the extractor.
-        features_sha256: Hash of its weights.
-        stats: Of the features.
-        accuracy: Share of the images whose class the extractor recognises; None without labels or classifier.
-    """
-
-    name: str
-    sha256: str
-    shape: tuple[int, ...]
-    features: str
-    features_sha256: str
-    stats: GaussianStats
-    accuracy: float | None = None
-
-    @property
-    def n(self) -> int:
-        """Number of images."""
-        return self.stats.n
+FORMAT = "2"
 
 
 def content_hash(x: Tensor) -> str:
@@ -63,62 +35,71 @@ def content_hash(x: Tensor) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def reference_statistics(
+def collect_kept(
     images: Tensor,
     extractor: FeatureExtractor,
+    wanted: Sequence[Collect],
     *,
     name: str,
     labels: Tensor | None = None,
     folder: Path | None = None,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
-) -> Reference:
-    """Return the statistics of real images, from the cache if they are there.
+    on_images: Callable[[int], None] | None = None,
+) -> Collected:
+    """Return what is wanted of a set of images in memory, from the cache where it is there.
 
     Args:
-        images: `(N, C, H, W)` uint8.
+        images: `(N, C, H, W)` uint8, or points `(N, D)`.
         extractor: The features, on `device`.
-        name: What the set is called in records.
-        labels: `(N,)` true classes, for the classifier's accuracy.
-        folder: Where statistics are kept; None keeps none.
+        wanted: What to keep of them.
+        name: What the set is called.
+        labels: `(N,)` classes of the images.
+        folder: Where summaries are kept; None keeps none.
         batch_size: Images in one pass.
         device: Where the extractor is.
+        on_images: Called with the number of images after every batch.
     """
+    sha256 = content_hash(images)
     key = {
         "format": FORMAT,
-        "images": content_hash(images),
+        "images": sha256,
         "labels": "none" if labels is None else content_hash(labels.to(torch.int64)),
         "features": extractor.name,
         "features_sha256": extractor.sha256,
         "resize": extractor.resize,
     }
-    kept = None if folder is None else _read(_path(folder, key), key)
-    if kept is None:
-        kept = GaussianStats(dim=extractor.dim), None
-        correct = 0
-        judge = extractor if isinstance(extractor, Classifier) and labels is not None else None
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size].to(device)
-            if judge is not None and labels is not None:
-                features, logits = judge.features_and_logits(batch)
-                correct += int((logits.argmax(dim=1).cpu() == labels[start : start + batch_size].cpu()).sum())
-            else:
-                features = extractor(batch)
-            kept[0].update(features)
-        kept = kept[0], (correct / len(images) if judge is not None else None)
-        if folder is not None:
-            _write(_path(folder, key), key, *kept)
-    stats, accuracy = kept
-    return Reference(
+    n, shape, quantised = len(images), images.shape[1:], images.dtype == torch.uint8
+    kept: dict[Collect, Collector] = {}
+    if folder is not None:
+        for what in wanted:
+            # reading brings the true lengths along; the extractor is not asked for what is known
+            collector = what.start(n, dict.fromkeys(what.wants, 0))
+            if _read(folder, {**key, "kept": repr(what)}, collector):
+                kept[what] = collector
+    missing = [what for what in wanted if what not in kept]
+    made = collect(
+        _told(pieces_of(images, labels, batch_size), on_images) if missing else (),
+        extractor,
+        missing,
+        n=n,
+        shape=shape,
         name=name,
-        sha256=key["images"],
-        shape=tuple(images.shape[1:]),
-        features=extractor.name,
-        features_sha256=extractor.sha256,
-        stats=stats,
-        accuracy=accuracy,
+        sha256=sha256,
+        quantised=quantised,
+        device=device,
     )
+    if folder is not None:
+        for what, collector in made.kept.items():
+            _write(folder, {**key, "kept": repr(what)}, collector)
+    return Collected(**{**vars(made), "kept": {what: kept.get(what) or made.kept[what] for what in wanted}})
+
+
+def _told(pieces: Iterable[Piece], on_images: Callable[[int], None] | None) -> Iterator[Piece]:
+    for piece in pieces:
+        yield piece
+        if on_images is not None:
+            on_images(len(piece[0]))
 
 
 def _path(folder: Path, key: dict[str, str]) -> Path:
@@ -126,26 +107,24 @@ def _path(folder: Path, key: dict[str, str]) -> Path:
     return Path(folder) / f"{key['features']}-{digest[:20]}.safetensors"
 
 
-def _read(path: Path, key: dict[str, str]) -> tuple[GaussianStats, float | None] | None:
-    """Return what is kept at `path` if it was made under exactly this key, else None."""
+def _read(folder: Path, key: dict[str, str], collector: Collector) -> bool:
+    """Fill a collector with what is kept if it was made under exactly this key; say whether it was."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        with safe_open(_path(folder, key), framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
-        if json.loads(metadata["made_as"]) != key:
-            return None
-        stats = GaussianStats()
-        stats.load_state_dict(state)
-        return stats, json.loads(metadata["accuracy"])
+            if json.loads((file.metadata() or {})["made_as"]) != key:
+                return False
+        collector.load_state_dict(state)
+        return True
     except (OSError, SafetensorError, KeyError, ValueError):
-        return None
+        return False
 
 
-def _write(path: Path, key: dict[str, str], stats: GaussianStats, accuracy: float | None) -> None:
+def _write(folder: Path, key: dict[str, str], collector: Collector) -> None:
+    path = _path(folder, key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(
-        f".{path.name}.{os.getpid()}"
-    )  # two processes may make the same statistics at once
-    metadata = {"made_as": json.dumps(key, sort_keys=True), "accuracy": json.dumps(accuracy)}
-    save_file(stats.state_dict(), aside, metadata=metadata)
+    # two processes may make the same statistics at once
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    state = {name: value.contiguous() for name, value in collector.state_dict().items()}
+    save_file(state, aside, metadata={"made_as": json.dumps(key, sort_keys=True)})
     os.replace(aside, path)

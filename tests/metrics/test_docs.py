@@ -19,12 +19,12 @@ def test_the_page_runs(index, capsys):
     if "RowMeans" in names:
         import torch
 
-        from diffusion_lab.metrics import evaluate_images
+        from diffusion_lab.metrics import Real, evaluate_images
 
         images = torch.randint(0, 256, (60, 1, 5, 4), generator=torch.Generator().manual_seed(0)).to(
             torch.uint8
         )
-        (record,) = evaluate_images(images, None, images[:30], names["RowMeans"]())
+        (record,) = evaluate_images(images, None, Real(images=images[:30], name="test"), names["RowMeans"]())
         assert record.label == "FD@60 (row-means)" and record.value > 0
 
 

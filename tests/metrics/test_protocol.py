@@ -72,12 +72,14 @@ def test_a_wrong_evaluation_says_so_in_its_line(change, complaint):
 def test_the_label_carries_the_number_of_images():
     assert replace(RIGHT, n=100).label == "FD@100 (digits-cnn)"
     assert (
-        replace(RIGHT, metric="accuracy", value=0.9712, real=0.9944, real_n=360).label
+        replace(
+            RIGHT, metric="accuracy", short="accuracy", percent=True, value=0.9712, real=0.9944, real_n=360
+        ).label
         == "accuracy@1437 (digits-cnn)"
     )
-    assert replace(RIGHT, metric="accuracy", value=0.9712, real=0.9944, real_n=360).shown() == (
-        "97.12 % (real@360 99.44 %)"
-    )
+    assert replace(
+        RIGHT, metric="accuracy", short="accuracy", percent=True, value=0.9712, real=0.9944, real_n=360
+    ).shown() == ("97.12 % (real@360 99.44 %)")
     assert replace(RIGHT, real=None, real_n=None).shown() == "1.235"
     assert replace(RIGHT, real_n=1000).shown() == "1.235 (real@1000 0.71)"
 

@@ -6,13 +6,32 @@ import pytest
 import torch
 
 from diffusion_lab.images import to_uint8
-from diffusion_lab.metrics import quality
+from diffusion_lab.metrics.collect import UNQUANTISED, Bank, Moments, collect, pieces_of, spread
 from diffusion_lab.metrics.features import Coordinates, DigitsCNN, Pixels
 from diffusion_lab.metrics.frechet import frechet_from_stats, gaussian_stats
+from diffusion_lab.metrics.measures.accuracy import Accuracy, Answers
+from diffusion_lab.metrics.measures.frechet import Frechet
 from diffusion_lab.metrics.protocol import FID50K, Source
-from diffusion_lab.metrics.quality import evaluate, evaluate_images, spread
-from diffusion_lab.metrics.reference import content_hash, reference_statistics
+from diffusion_lab.metrics.quality import Real, judge
+from diffusion_lab.metrics.quality import evaluate_images as evaluate
+from diffusion_lab.metrics.reference import collect_kept, content_hash
 from diffusion_lab.metrics.train_classifier import digits_split
+
+
+def evaluate_images(
+    images, labels, reference, extractor, protocol=None, *,
+    reference_labels=None, reference_name="test", real_images=None, **settings,
+):  # fmt: skip
+    """Judge images against real ones given as tensors."""
+    return evaluate(
+        images, labels, Real(images=reference, labels=reference_labels, name=reference_name), extractor, protocol,
+        stand_in=None if real_images is None else Real(images=real_images, name="train"), **settings,
+    )  # fmt: skip
+
+
+def moments(images, extractor, **settings):
+    """Collect mean and covariance of real images."""
+    return collect_kept(images, extractor, [Moments()], **settings)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +153,8 @@ def test_labels_below_zero_are_not_judged(digits, cnn):
 
 def test_two_processes_equal_one(digits, cnn):
     """Two processes played by threads that sum what they bring at a barrier; one has far more than the other."""
-    reference = reference_statistics(digits.test, cnn, name="test", labels=digits.test_labels)
+    wanted, shape = [Moments(), Answers()], digits.train.shape[1:]
+    reference = collect_kept(digits.test, cnn, wanted, name="test", labels=digits.test_labels)
     board, barrier, results = [None, None], threading.Barrier(2), [None, None]
 
     def work(rank, rows):
@@ -145,11 +165,14 @@ def test_two_processes_equal_one(digits, cnn):
             barrier.wait()
             return total
 
-        batches = [(digits.train[rows], digits.train_labels[rows])] if len(digits.train[rows]) else []
-        results[rank] = evaluate(batches, extractor=cnn, reference=reference, reduce=reduce)
+        pieces = [(rows, digits.train[rows], digits.train_labels[rows])] if len(rows) else []
+        mine = collect(pieces, cnn, wanted, n=1437, shape=shape)
+        results[rank] = judge({"samples": mine.all_reduce(reduce), "reference": reference})
 
-    alone = evaluate([(digits.train, digits.train_labels)], extractor=cnn, reference=reference)
-    for shares in ((slice(0, 100), slice(100, None)), (slice(0, 0), slice(0, None))):
+    whole = collect(pieces_of(digits.train, digits.train_labels, 256), cnn, wanted, n=1437, shape=shape)
+    alone = judge({"samples": whole, "reference": reference})
+    every = torch.arange(1437)
+    for shares in ((every[:100], every[100:]), (every[:0], every), (every[::2], every[1::2])):
         threads = [threading.Thread(target=work, args=(rank, rows)) for rank, rows in enumerate(shares)]
         for thread in threads:
             thread.start()
@@ -168,7 +191,7 @@ def test_points_are_measured_as_they_are():
     truth = frechet_from_stats(gaussian_stats(a), gaussian_stats(b))
     assert record.value == pytest.approx(truth, rel=1e-12)
     assert (
-        record.quantisation == quality.UNQUANTISED
+        record.quantisation == UNQUANTISED
         and record.deviations == ()
         and "FD@500 (coordinates)" in str(record)
     )
@@ -181,9 +204,12 @@ def test_sets_that_do_not_belong_together_are_refused(digits, cnn):
         evaluate_images(digits.train[:1], None, digits.test, cnn)
     with pytest.raises(ValueError, match="5 images have 4 labels"):
         evaluate_images(digits.train[:5], digits.train_labels[:4], digits.test, cnn)
-    reference = reference_statistics(digits.test, Pixels(), name="test")
+    samples, reference = (
+        moments(digits.train, cnn, name="samples"),
+        moments(digits.test, Pixels(), name="test"),
+    )
     with pytest.raises(ValueError, match="made with pixels"):
-        evaluate([(digits.train, None)], extractor=cnn, reference=reference)
+        judge({"samples": samples, "reference": reference})
 
 
 class Counting(Pixels):
@@ -201,46 +227,96 @@ class Counting(Pixels):
 
 def test_reference_statistics_are_kept_by_content(digits, tmp_path):
     extractor = Counting()
-    first = reference_statistics(digits.test, extractor, name="test", folder=tmp_path)
+    first = moments(digits.test, extractor, name="test", folder=tmp_path)
     assert extractor.calls > 0 and len(list(tmp_path.iterdir())) == 1
     extractor.calls = 0
-    again = reference_statistics(digits.test.clone(), extractor, name="other name", folder=tmp_path)
-    assert extractor.calls == 0 and torch.equal(again.stats.cov, first.stats.cov) and again.n == 360
+    again = moments(digits.test.clone(), extractor, name="other name", folder=tmp_path)
+    assert extractor.calls == 0 and torch.equal(again.moments().cov, first.moments().cov) and again.n == 360
     assert again.sha256 == content_hash(digits.test) and again.name == "other name"
 
     changed = digits.test.clone()
     changed[0, 0, 0, 0] += 1
-    reference_statistics(changed, extractor, name="test", folder=tmp_path)
+    moments(changed, extractor, name="test", folder=tmp_path)
     assert extractor.calls > 0  # one pixel is another set
     other = Counting("22" * 32)
-    reference_statistics(digits.test, other, name="test", folder=tmp_path)
+    moments(digits.test, other, name="test", folder=tmp_path)
     assert other.calls > 0  # other weights are other features
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_damaged_or_foreign_statistics_file_is_made_anew(digits, tmp_path):
-    truth = reference_statistics(digits.test, Counting(), name="test", folder=tmp_path)
+    truth = moments(digits.test, Counting(), name="test", folder=tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     extractor = Counting()
-    again = reference_statistics(digits.test, extractor, name="test", folder=tmp_path)
-    assert extractor.calls > 0 and torch.equal(again.stats.cov, truth.stats.cov)
+    again = moments(digits.test, extractor, name="test", folder=tmp_path)
+    assert extractor.calls > 0 and torch.equal(again.moments().cov, truth.moments().cov)
     assert len(path.read_bytes()) == len(whole)  # mended
     # statistics of other features under this file's name are not taken
     other_folder = tmp_path / "other"
-    reference_statistics(digits.test[:100], Counting(), name="test", folder=other_folder)
+    moments(digits.test[:100], Counting(), name="test", folder=other_folder)
     (foreign,) = other_folder.iterdir()
     path.write_bytes(foreign.read_bytes())
     extractor = Counting()
-    assert reference_statistics(digits.test, extractor, name="test", folder=tmp_path).n == 360
+    assert moments(digits.test, extractor, name="test", folder=tmp_path).n == 360
     assert extractor.calls > 0
 
 
-def test_the_classifiers_accuracy_is_kept_too(digits, cnn, tmp_path):
+def test_the_classifiers_answers_are_kept_too_and_only_what_is_missing_is_made(digits, cnn, tmp_path):
+    def answers(labels):
+        counts = collect_kept(digits.test, cnn, [Answers()], name="test", labels=labels, folder=tmp_path)
+        return counts.kept[Answers()].counts.tolist()
+
     for _ in range(2):
-        reference = reference_statistics(
-            digits.test, cnn, name="test", labels=digits.test_labels, folder=tmp_path
-        )
-        assert reference.accuracy == pytest.approx(cnn.test_accuracy, abs=1.5 / 360)
-    assert reference_statistics(digits.test, cnn, name="test", folder=tmp_path).accuracy is None
+        right, asked = answers(digits.test_labels)
+        assert asked == 360 and right / asked == pytest.approx(cnn.test_accuracy, abs=1.5 / 360)
+    assert answers(None) == [0, 0]
+    extractor = Counting()
+    moments(digits.test, extractor, name="test", folder=tmp_path / "some")
+    extractor.calls = 0
+    both = collect_kept(
+        digits.test,
+        extractor,
+        [Moments(), Bank(most=7)],
+        name="test",
+        folder=tmp_path / "some",
+        batch_size=360,
+    )
+    assert extractor.calls == 2 and both.kept[Bank(most=7)].rows.shape == (
+        7,
+        64,
+    )  # one of them asks for the length
+    assert both.moments().n == 360
+
+
+def test_a_bank_keeps_rows_spread_over_the_set_whoever_sees_them(digits):
+    bank, rows = Bank(most=100), spread(1437, 100)
+    whole = collect(pieces_of(digits.train, None, 300), Pixels(), [bank], n=1437, shape=(1, 8, 8)).kept[bank]
+    assert torch.equal(whole.rows, Pixels()(digits.train[rows]))
+    parts = [
+        collect([(index, digits.train[index], None)], Pixels(), [bank], n=1437, shape=(1, 8, 8)).kept[bank]
+        for index in torch.randperm(1437, generator=torch.Generator().manual_seed(0)).split(500)
+    ]
+    assert 0 < len(parts[0].rows) < 100
+    for part in parts[1:]:
+        parts[0].merge(part)
+    assert torch.equal(parts[0].rows, whole.rows)
+    again = bank.start(1437, {"features": 0})
+    again.load_state_dict(whole.state_dict())
+    assert torch.equal(again.rows, whole.rows)
+    few = collect(pieces_of(digits.train[:5], None, 2), Pixels(), [bank], n=5, shape=(1, 8, 8)).kept[bank]
+    assert torch.equal(few.rows, Pixels()(digits.train[:5]))
+
+
+def test_a_measure_that_does_not_apply_says_why(digits, cnn):
+    told = {}
+    settings = {
+        "on_hindrance": told.__setitem__,
+        "measures": (Frechet(output="spatial"), Frechet(), Accuracy()),
+    }
+    (record,) = evaluate_images(digits.train, None, digits.test, cnn, **settings)
+    assert record.metric == "frechet"
+    assert told == {"spatial_frechet": "digits-cnn has no spatial", "accuracy": "the samples have no labels"}
+    evaluate_images(digits.train, digits.train_labels, digits.test, Pixels(), **settings)
+    assert told["accuracy"] == "pixels tells no classes of the data"
