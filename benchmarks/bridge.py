@@ -25,8 +25,10 @@ import torch
 from common import ROOT, report
 
 from diffusion_lab.app.choices import read_run
-from diffusion_lab.app.evaluate import Samples, Yardstick, read_samples, score, yardstick
+from diffusion_lab.app.evaluate import read_samples
+from diffusion_lab.app.judging import Samples, Yardstick, score, yardstick
 from diffusion_lab.app.record import read
+from diffusion_lab.data.stored_images import Held
 from diffusion_lab.metrics.protocol import Source
 
 N = 500
@@ -74,7 +76,7 @@ def stored(folder: Path, name: str, labels: torch.Tensor | None) -> Samples:
     """Return another array that lies beside samples."""
     with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
         images = torch.from_numpy(arrays[name]).permute(0, 3, 1, 2).contiguous()
-    return Samples(images, labels, Source(), folder)
+    return Samples(Held(images, labels, name), Source(), folder)
 
 
 def main(words: Sequence[str] | None = None) -> None:

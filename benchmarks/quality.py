@@ -201,7 +201,7 @@ def reference(runs: Path) -> Any:
     """Statistics of the training images, kept in a file: their features take a minute."""
     kept = runs / "features.pt"
     if not kept.is_file():
-        aside = runs / f".features-{os.getpid()}"
+        aside = runs / f"features-{os.getpid()}.part"
         torch.save(MNISTCNN().eval()(images("train")), aside)
         aside.replace(kept)
     return gaussian_stats(torch.load(kept, weights_only=True))

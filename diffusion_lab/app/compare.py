@@ -15,8 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from diffusion_lab.app import record
 from diffusion_lab.app.build import data_module
@@ -24,10 +25,13 @@ from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.cli import Outcome, Session
 from diffusion_lab.app.display import Ticker, show
 from diffusion_lab.app.errors import UserError, one_line
-from diffusion_lab.app.evaluate import Samples, Scored, Yardstick, read_samples, score, yardstick
+from diffusion_lab.app.evaluate import Scored, read_samples
 from diffusion_lab.app.job import device_of
+from diffusion_lab.app.judging import Samples, Yardstick, score, yardstick
 from diffusion_lab.app.messages import translate
+from diffusion_lab.app.places import workplace
 from diffusion_lab.app.sheet import First, Row, Sheet, differing, grouped
+from diffusion_lab.data.stored_images import ImageSet, split_of
 from diffusion_lab.files import write_atomically
 from diffusion_lab.metrics.protocol import Record
 
@@ -48,7 +52,7 @@ def finish(session: Session) -> None:
     from diffusion_lab.app.report.comparison import table, write_up
 
     runs = session.outcomes[0].config.paths.runs
-    folder = (sheet.runs[0] if len(sheet.runs) == 1 else Path(runs)) / FOLDER
+    folder = (workplace(sheet.runs[0]) if len(sheet.runs) == 1 else Path(runs)) / FOLDER
     text = write_up(sheet)
     try:
         path = _free(folder, f"{datetime.now().strftime('%Y-%m-%d_%H-%M-%S')}-{session.app}")
@@ -122,14 +126,11 @@ def _row(outcome: Outcome, varied: dict[str, str], judges: dict[Path, Yardstick 
         why["nfe"] = why["seconds"] = "the samples do not say how they were made"
     elif told.get("made", 1) == 0:
         why["seconds"] = "taken over from an earlier job"
-    images = samples.images
-    # stored with channels last, as they are drawn
-    shown = images.permute(0, 2, 3, 1) if images.ndim == 4 else images
     return Row(
         varied=varied,
         told=told,
-        n=len(images),
-        first=_first(shown.numpy(), None if samples.labels is None else samples.labels.numpy()),
+        n=len(samples.images),
+        first=_first(samples.images, samples.images.labels),
         distance=next((item for item in records if item.metric == "frechet"), None),
         accuracy=next((item for item in records if item.metric == "accuracy"), None),
         why=why,
@@ -166,11 +167,14 @@ def _name(run: Path) -> str:
     return f"{trained.get('name', 'run')}/{trained.get('run_id') or run.name}"
 
 
-def _first(images: np.ndarray, labels: np.ndarray | None) -> First:
-    count = FIRST_IMAGES if images.ndim == 4 else FIRST_POINTS
-    known = labels if labels is not None else np.full(len(images), -1)
-    # copied, so that the whole set can be forgotten
-    return First(images[:count].copy(), known[:count].copy())
+def _first(images: ImageSet, labels: Tensor | None, chosen: Sequence[int] | None = None) -> First:
+    """Return the first images of a set, or of those chosen, with channels last, as they are drawn."""
+    count = FIRST_IMAGES if len(images.shape) == 3 else FIRST_POINTS
+    rows = torch.arange(len(images)) if chosen is None else torch.tensor(list(chosen), dtype=torch.int64)
+    rows = rows[:count]
+    shown = images.read(rows)
+    known = labels[rows] if labels is not None else torch.full((len(rows),), -1)
+    return First((shown.permute(0, 2, 3, 1) if shown.ndim == 4 else shown).numpy(), known.numpy())
 
 
 def _real(run: Path, judges: Mapping[Path, Yardstick | str]) -> First | None:
@@ -179,18 +183,16 @@ def _real(run: Path, judges: Mapping[Path, Yardstick | str]) -> First | None:
 
     judge = next((judge for judge in judges.values() if isinstance(judge, Yardstick)), None)
     try:
-        images, labels = (
-            (judge.real, judge.real_labels) if judge else data_module(read_run(run)).train_images()
-        )
+        real = judge.real if judge is not None else None
+        images = real if real is not None else split_of(data_module(read_run(run)), "train")
+        labels = images.labels
     except Exception:  # a sheet without real images is still a sheet
         return None
+    if len(images.shape) != 3:
+        return _first(images, labels)
+    classes = 0 if labels is None else int(labels.max()) + 1
     known = None if labels is None else labels.numpy()
-    if images.ndim != 4:
-        return _first(images.numpy(), known)
-    classes = 0 if known is None else int(known.max()) + 1
-    chosen = by_class(known, len(images), classes if classes <= 16 else 0)
-    shown = images[chosen].permute(0, 2, 3, 1).numpy()
-    return _first(shown, None if known is None else known[chosen])
+    return _first(images, labels, by_class(known, len(images), classes if classes <= 16 else 0))
 
 
 def _device(told: Sequence[Mapping[str, Any]]) -> str | None:

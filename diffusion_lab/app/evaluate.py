@@ -1,16 +1,19 @@
-"""Score a run, an export, or samples that exist already: metrics.json, one row of a table, and the report.
+"""Score a run, an export, or samples that exist already: metrics.json, rows of a table, and the report.
 
-The samples are those of `sample.py`, made by the same code; if the run holds just these already they are taken. The
-reference is the test split of the run's data set; beside each distance stands that of as many real training images,
-the floor. A value never leaves here without the protocol it was measured under (see `metrics/protocol.py`).
+    evaluate.py run=<run>                                       samples of the run, made as `sample.py` makes them
+    evaluate.py run=<run> samples=<folder, .npz, pictures>      these, against the run's data
+    evaluate.py samples=<one set> reference=<another> metrics=<features>                       without a run
+
+The samples are made by the same code as those of `sample.py`; if the run holds just these already they are taken.
+Beside each number stands that of as many real images, see `judging.py`. A value never leaves here without the protocol
+it was measured under (see `metrics/protocol.py`). Written are metrics.json and, made from it, metrics.md.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,93 +23,82 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from diffusion_lab.app import record
-from diffusion_lab.app.build import are_pixels, data_module, instantiate, load_denoiser, plain
+from diffusion_lab.app.build import load_denoiser, plain
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.display import show, shown
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.job import device_of, from_config
+from diffusion_lab.app.judging import Samples, Yardstick, score, yardstick
+from diffusion_lab.app.measuring import Place
 from diffusion_lab.app.run import RunFolder
 from diffusion_lab.app.sample import default_out, draw, find_done
+from diffusion_lab.data.stored_images import Held, Mapped, open_images, some
 from diffusion_lab.files import write_atomically
 from diffusion_lab.images import visible
-from diffusion_lab.metrics.features import FeatureExtractor
 from diffusion_lab.metrics.protocol import ALL_LABELS, UNKNOWN, Record, Source
-from diffusion_lab.metrics.quality import Real, evaluate_images
 
-CACHE = "statistics"
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Samples that exist.
-
-    Attributes:
-        images: `(N, C, H, W)` uint8, or points.
-        labels: `(N,)`, or None.
-        source: Where they come from.
-        where: Their folder, or the file.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor | None
-    source: Source
-    where: Path
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """What the samples of one run are measured with.
-
-    Attributes:
-        extractor: The features.
-        reference: Real images to compare with: the test split.
-        reference_labels: Their classes, or None.
-        real: Real training images, for the floor.
-        real_labels: Their classes, or None.
-        device: Where to compute.
-    """
-
-    extractor: FeatureExtractor
-    reference: torch.Tensor
-    reference_labels: torch.Tensor | None
-    real: torch.Tensor
-    real_labels: torch.Tensor | None
-    device: str
+LIKELIHOOD = "diffusion_lab.likelihood."
+"""Where metrics are that judge a model and not its samples."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What an evaluation came to: the samples' folder or file, and the records, the Fréchet distance first."""
+    """What an evaluation came to: the samples' folder or file, and the records in the order of the measures."""
 
     where: Path
     records: list[Record]
 
 
-def run(cfg: DictConfig) -> Scored:
+def run(cfg: DictConfig) -> Scored | Path:
     """Score what a composed and checked config asks for.
 
     Args:
         cfg: The config of `conf/evaluate.yaml`.
 
+    Returns:
+        What it came to; the file with the numbers where a model was judged and not its samples.
+
     Raises:
         UserError: If the run, the samples or the data are missing or do not fit.
     """
     config = plain(cfg)
-    folder = Path(config["run"]).resolve()
-    trained = read_run(folder)
-    judge = yardstick(trained, config["metrics"], device_of(config["device"]))
+    folder = None if config["run"] is None else Path(config["run"]).resolve()
+    trained = None if folder is None else read_run(folder)
+    if str(config["metrics"].get("_target_", "")).startswith(LIKELIHOOD):
+        from diffusion_lab.app import likelihood
+
+        if folder is None or trained is None:
+            raise UserError("a likelihood is that of a model: run=<folder> is needed")
+        return likelihood.run(config, folder, trained)
+    yard = yardstick(
+        trained,
+        config["metrics"],
+        device_of(config["device"]),
+        run=folder,
+        measured=config["measures"],
+        reference=config["reference"],
+        protocol=config["protocol"],
+        skip_corrupt=config["skip_corrupt"],
+        on_skip=_skipped,
+    )
     if config["num_samples"] is None and config["samples"] is None:
-        config["num_samples"] = len(judge.real)
-    samples = _samples(config, folder)
-    records = score(samples, judge)
-    told = _write(records, config, folder, trained, samples.where)
+        asked = yard.protocol.n if yard.protocol is not None else len(yard.real or ())
+        config["num_samples"] = asked
+    samples = _samples(config, folder, yard)
+    records = score(
+        samples,
+        yard,
+        devices=int(config["devices"]),
+        on_hindrance=lambda name, reason: print(f"{name} is not measured: {reason}"),
+    )
+    out = _out(config, folder)
+    told = _write(records, config, out, trained, samples.where)
     show(table([told]))
-    for item in records:
-        if item.deviations:
-            print(f"{item.label}: not by the protocol {item.protocol.name}: {'; '.join(item.deviations)}")
-    typed = config["out"] or config["run"]
+    for line, about in _by_protocol(records):
+        print(f"{about}: not by the protocol {line}")
+    typed = config["out"] or config["run"] or str(out)
     print(f"metrics {shown(told['file'], typed)}")
-    if config["out"] is None and (folder / "checkpoints").is_dir():
+    if config["out"] is None and folder is not None and (folder / "checkpoints").is_dir():
         from diffusion_lab.app.model_card import write_card
         from diffusion_lab.app.report import write_report
 
@@ -115,62 +107,40 @@ def run(cfg: DictConfig) -> Scored:
     return Scored(samples.where, records)
 
 
-def yardstick(trained: Mapping[str, Any], metrics: Mapping[str, Any], device: str) -> Yardstick:
-    """Read the real images of a run's data set, and build the extractor.
-
-    Args:
-        trained: The run's config.
-        metrics: The config of the extractor.
-        device: "cpu" or "cuda".
-
-    Raises:
-        UserError: If the run was trained on latents.
-    """
-    if not are_pixels(trained):
-        raise UserError(
-            "samples of a run on latents are scored as images: decode them (python -m diffusion_lab.data.decode "
-            "<samples>) and name a run on the images: evaluate.py run=<that run> samples=<samples>/decoded"
-        )
-    extractor = instantiate(metrics, "metrics")
-    data = data_module(trained)
-    reference, reference_labels = data.test_images()
-    real, real_labels = data.train_images()
-    return Yardstick(extractor, reference, reference_labels, real, real_labels, device)
+def _by_protocol(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Return each way of not fulfilling a protocol once, and which values it concerns."""
+    found: dict[str, list[str]] = {}
+    for item in records:
+        if item.deviations:
+            line = f"{item.protocol.name}: {'; '.join(item.deviations)}"
+            found.setdefault(line, []).append(item.label)
+    return [(line, ", ".join(labels)) for line, labels in found.items()]
 
 
-def score(samples: Samples, judge: Yardstick) -> list[Record]:
-    """Measure samples: the Fréchet distance to the test split with its floor, then the accuracy where there is one.
-
-    Raises:
-        UserError: If the samples do not fit the data, or are too few.
-    """
-    labels = samples.labels
-    try:
-        return evaluate_images(
-            samples.images,
-            labels if labels is not None and bool((labels >= 0).any()) else None,
-            Real(images=judge.reference, labels=judge.reference_labels, name="test"),
-            judge.extractor,
-            train=Real(images=judge.real, labels=judge.real_labels, name="train"),
-            source=samples.source,
-            cache=_cache_folder(),
-            device=judge.device,
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"these samples cannot be scored: {error}") from error
+def _skipped(line: str) -> None:
+    print(f"skipped: {line}", flush=True)
 
 
-def _cache_folder() -> Path:
-    """Where statistics of real images are kept; they are keyed by content, so any place will do."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "diffusion_lab" / CACHE
+def _out(config: Mapping[str, Any], folder: Path | None) -> Path:
+    """Return where metrics.json goes: to the run, or below runs/evaluations."""
+    if config["out"]:
+        return Path(config["out"])
+    if folder is not None and (folder / "checkpoints").is_dir():
+        return folder
+    name = folder.name if folder is not None else Path(config["samples"]).stem
+    return Path(config["paths"]["runs"]) / "evaluations" / name
 
 
-def _samples(config: Mapping[str, Any], folder: Path) -> Samples:
+def _samples(config: Mapping[str, Any], folder: Path | None, yard: Yardstick) -> Samples:
     """Return the samples that a config names, drawn now where they are not there yet."""
     if config["samples"] is not None:
-        given = read_samples(Path(config["samples"]))
-        return given if config["num_samples"] is None else _first(given, int(config["num_samples"]))
+        first = None if config["num_samples"] is None else int(config["num_samples"])
+        path = Path(config["samples"])
+        if first is not None and yard.protocol is not None and first == yard.protocol.n:
+            # the protocol's number, not one that was typed: fewer are a deviation, not a mistake
+            first = min(first, len(open_images(path, skip_corrupt=config["skip_corrupt"])))
+        return _given(path, first, config["skip_corrupt"])
+    assert folder is not None
     loaded = load_denoiser(folder, config["ema"])
     job = from_config({**config, "run": str(folder)}, loaded)
     earlier, out = find_done(job, folder), default_out(folder, job, loaded)
@@ -182,48 +152,40 @@ def _samples(config: Mapping[str, Any], folder: Path) -> Samples:
     return read_samples(out)
 
 
-def _first(samples: Samples, n: int) -> Samples:
-    """Return the first `n` samples."""
-    if n > len(samples.images):
-        raise UserError(f"num_samples={n}: there are {len(samples.images)} samples in {samples.where}")
-    labels = None if samples.labels is None else samples.labels[:n]
-    return replace(samples, images=samples.images[:n], labels=labels)
+def _given(path: Path, first: int | None, skip_corrupt: bool) -> Samples:
+    found = read_samples(path, skip_corrupt=skip_corrupt)
+    if first is None:
+        return found
+    place = Place(path=found.place.path, first=first, skip_corrupt=skip_corrupt)
+    if first > len(found.images):
+        raise UserError(f"num_samples={first}: there are {len(found.images)} samples in {found.where}")
+    return Samples(some(found.images, torch.arange(first)), found.source, found.where, place)
 
 
-def read_samples(path: Path, *, latents: bool = False) -> Samples:
-    """Read samples that exist.
+def read_samples(path: Path, *, latents: bool = False, skip_corrupt: bool = False) -> Samples:
+    """Open samples that exist.
 
     Args:
-        path: A folder of sample.py, or an .npz with `images` and perhaps `labels`.
+        path: A folder of sample.py or of pictures, or an .npz with `images` and perhaps `labels`.
         latents: Whether latents are taken too, as something to be looked at: to score them would mean nothing.
+        skip_corrupt: Whether to leave out pictures that cannot be read.
 
     Raises:
-        UserError: If there are none, or they are not stored as sample.py stores them.
+        DataError: If there are none, or they cannot be read.
     """
     file = path / "samples.npz" if path.is_dir() else path
-    if not file.is_file():
-        unfinished = " (an unfinished job is there)" if (path / "parts").is_dir() else ""
-        raise UserError(f"samples={path}: no samples.npz there{unfinished}")
-    try:
+    told = record.read(file.parent / "record.json") if file.is_file() else {}
+    place = Place(path=str(path.resolve()), skip_corrupt=skip_corrupt, name="samples")
+    if latents and file.is_file():
         with np.load(file, allow_pickle=False) as stored:
-            images = torch.from_numpy(stored["images"])
-            labels = torch.from_numpy(stored["labels"]).to(torch.int64) if "labels" in stored else None
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{file}: an .npz with an array `images` is needed: {error}") from error
-    told = record.read(file.parent / "record.json")
-    if images.ndim == 4 and images.is_floating_point() and latents:
-        images = visible(images)
-    elif images.ndim == 4:
-        if images.dtype != torch.uint8:
-            hint = "; latents are decoded first: python -m diffusion_lab.data.decode" if told else ""
-            raise UserError(
-                f"{file}: images must be uint8, these are {str(images.dtype).removeprefix('torch.')}{hint}"
-            )
-        # channels last, as everybody stores images
-        images = images.permute(0, 3, 1, 2).contiguous()
-    if labels is not None and len(labels) != len(images):
-        raise UserError(f"{file}: {len(images)} images have {len(labels)} labels")
-    return Samples(images, labels, _source(told), path)
+            if stored["images"].ndim == 4 and stored["images"].dtype != np.uint8:
+                seen = visible(torch.from_numpy(stored["images"]))
+                labels = torch.from_numpy(stored["labels"]).to(torch.int64) if "labels" in stored else None
+                return Samples(Held(seen, labels, "samples"), _source(told), path, place)
+    images = open_images(path, skip_corrupt=skip_corrupt, on_skip=_skipped)
+    if told and isinstance(images, Mapped) and images.array.ndim == 2:
+        images.name = "samples"
+    return Samples(images, _source(told), path, place)
 
 
 def _source(told: Mapping[str, Any]) -> Source:
@@ -252,17 +214,16 @@ def _labels(told: Mapping[str, Any]) -> str:
 def _write(
     records: Sequence[Record],
     config: Mapping[str, Any],
-    folder: Path,
-    trained: Mapping[str, Any],
+    out: Path,
+    trained: Mapping[str, Any] | None,
     where: Path,
 ) -> dict[str, Any]:
     """Append this evaluation to metrics.json, in place of an equal earlier one."""
-    out = Path(config["out"]) if config["out"] else folder
     file = out if out.suffix == ".json" else out / "metrics.json"
     told = record.read(where / "record.json") if where.is_dir() else {}
     evaluation = {
         "created": record.now(),
-        "run": f"{trained.get('name')}/{trained.get('run_id')}",
+        "run": str(where) if trained is None else f"{trained.get('name')}/{trained.get('run_id')}",
         "images_seen": (told.get("weights") or {}).get("images_seen"),
         "samples": str(where),
         "command": record.command("evaluate", config.get("overrides") or []),
@@ -275,7 +236,9 @@ def _write(
     earlier = record.read_evaluations(file)
     key = _what(evaluation)
     kept = [item for item in earlier if _what(item) != key]
-    write_atomically(file, json.dumps({"evaluations": [*kept, evaluation]}, indent=2, default=str) + "\n")
+    everything = [*kept, evaluation]
+    write_atomically(file, json.dumps({"evaluations": everything}, indent=2, default=str) + "\n")
+    write_atomically(file.with_suffix(".md"), markdown(everything))
     return {**evaluation, "file": str(file)}
 
 
@@ -285,33 +248,53 @@ def _what(evaluation: Mapping[str, Any]) -> tuple[Any, ...]:
     return evaluation.get("images_seen"), evaluation.get("samples"), str(measured)
 
 
+def markdown(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Return all numbers as a Markdown table, a row a number, with the line that says how each was measured."""
+    lines = [
+        "| run | measure | value | weights | sampler | NFE | how |",
+        "| --- | --- | ---: | --- | --- | ---: | --- |",
+    ]
+    for evaluation in evaluations:
+        for item in evaluation["records"]:
+            source = item.get("source") or {}
+            cells = [
+                evaluation["run"],
+                item["label"],
+                item["shown"],
+                source.get("ema", "–"),
+                str(source.get("sampler", "–")).removesuffix("()"),
+                "?" if source.get("nfe") is None else source["nfe"],
+                item["conditions"],
+            ]
+            lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
-    """Lay evaluations out, one a row: distances with their floor beside them, accuracies with their ceiling."""
-    labels = list(
-        dict.fromkeys(item["label"] for evaluation in evaluations for item in evaluation["records"])
-    )
+    """Lay evaluations out, a number a row, with that of real images beside it: a floor, or a ceiling."""
     out = Table(box=None, pad_edge=False, header_style="dim")
     out.add_column("run", overflow="fold")
-    for label in labels:
-        out.add_column(label, justify="right")
-        out.add_column(
-            f"real {'floor' if label[:2] in ('FD', 'FI') else 'test'}", justify="right", style="dim"
-        )
+    out.add_column("measure")
+    out.add_column("value", justify="right")
+    out.add_column("real images", justify="right", style="dim")
     for name in ("weights", "sampler", "NFE"):
         out.add_column(name, justify="right" if name == "NFE" else "left", overflow="fold")
     for evaluation in evaluations:
-        by_label = {item["label"]: item for item in evaluation["records"]}
-        cells = [str(evaluation["run"])]
-        for label in labels:
-            item = by_label.get(label)
-            cells += [_cell(item, "value"), _cell(item, "real")]
         source = evaluation["records"][0]["source"]
         nfe = "?" if source["nfe"] is None else str(source["nfe"])
-        out.add_row(*cells, source["ema"], str(source["sampler"]).removesuffix("()"), nfe)
+        head = [str(evaluation["run"])]
+        tail = [source["ema"], str(source["sampler"]).removesuffix("()"), nfe]
+        for item in evaluation["records"]:
+            arrow = "↓" if item.get("better", "lower") == "lower" else "↑"
+            real = _cell(item, "real")
+            if item.get("real_n") not in (None, item["n"]):
+                real += f" (n {item['real_n']:,})"
+            out.add_row(*head, f"{item['label']} {arrow}", _cell(item, "value"), real, *tail)
+            head, tail = [""], ["", "", ""]
     return out
 
 
-def _cell(item: Mapping[str, Any] | None, key: str) -> str:
-    if item is None or item.get(key) is None:
+def _cell(item: Mapping[str, Any], key: str) -> str:
+    if item.get(key) is None:
         return "-"
-    return f"{100 * item[key]:.2f} %" if item["metric"] == "accuracy" else f"{item[key]:.4g}"
+    return f"{100 * item[key]:.2f} %" if item.get("percent") else f"{item[key]:.4g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_lab.app.choices import GROUPS
+from diffusion_lab.app.choices import GROUPS, ONLY
 
 COMMANDS = {
     "train": [
@@ -25,8 +25,8 @@ COMMANDS = {
     "evaluate": [
         ("score the newest quickstart", "run=runs/digits/quickstart/latest"),
         ("score with another sampler", "run=runs/digits/quickstart/latest sampler=heun grid.steps=10"),
-        ("more images, other features", "run=<folder> num_samples=5000 metrics=pixels"),
-        ("score images that exist already", "run=<folder> samples=my_samples"),
+        ("everything there is, by a named protocol", "run=<folder> measures=full protocol=quick2k"),
+        ("two sets of images against each other", "samples=mine reference=theirs metrics=inception"),
         ("a grid of settings", "-m run=<folder> sampler=ddim,dpmpp_2m grid.steps=5,10,20"),
     ],
 }  # fmt: skip
@@ -62,7 +62,9 @@ def _wrap(words: list[str], indent: int, width: int = 110) -> str:
 def text(app: str, program: str, folders: Sequence[Path]) -> str:
     """Return the help page of `train`, `sample` or `evaluate`."""
     groups = options(folders)
-    names = [name for name in GROUPS.get(app, list(groups)) if name in groups]
+    evaluating = {name for names in ONLY.values() for name in names}
+    training = [name for name in groups if name not in evaluating]
+    names = [name for name in (*GROUPS.get(app, training), *ONLY.get(app, ())) if name in groups]
     width = max((len(name) for name in names), default=0)
     rows = [f"  {name:<{width}}  {_wrap(groups[name], width + 4)}" for name in names]
     commands = [f"  # {what}\n  {program} {arguments}" for what, arguments in COMMANDS[app]]

@@ -1,4 +1,5 @@
-"""One process of several: `python -m diffusion_lab.app.rank train <run folder> [checkpoint]`, or `sample <job file>`.
+"""One process of several: `python -m diffusion_lab.app.rank train <run folder> [checkpoint]`, or `sample <job file>`,
+or `features <job file>`.
 
 Started by `launch.py`, never by hand. What to do stands in files, so all ranks do the same.
 """
@@ -31,6 +32,10 @@ def main(arguments: Sequence[str]) -> int:
             from diffusion_lab.app.parts import work
 
             work(Path(where), rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))
+        elif job == "features":
+            from diffusion_lab.app.measuring import work as look
+
+            look(Path(where), rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))
         else:
             raise UserError(f"no such job: {job}")
     except Exception as error:

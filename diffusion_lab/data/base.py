@@ -80,6 +80,14 @@ class DataModule(pl.LightningDataModule, ABC):
             self._sources[split] = self.source(split)
         return self._sources[split]
 
+    def stored(self, split: str) -> Source:
+        """Return the examples of `split`, "train" or "test", opened once.
+
+        Raises:
+            DataError: If the data are missing or damaged.
+        """
+        return self._source(split)
+
     def setup(self, stage: str | None = None) -> None:
         """Open the training data, so that what is missing is said before anything is trained."""
         self._source("train")

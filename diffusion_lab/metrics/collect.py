@@ -79,6 +79,11 @@ class Collect(Protocol):
         """The outputs of the extractor that it reads."""
         ...
 
+    @property
+    def asks(self) -> bool:
+        """Whether it reads the labels too."""
+        ...
+
     def start(self, n: int, dims: Mapping[str, int]) -> Collector:
         """Return an empty collector for a set of `n` images with outputs of these lengths."""
         ...
@@ -93,6 +98,8 @@ class Moments:
     """
 
     output: str = FEATURES
+
+    asks = False
 
     @property
     def wants(self) -> tuple[str, ...]:
@@ -147,6 +154,8 @@ class Bank:
     output: str = FEATURES
     most: int = 10_000
 
+    asks = False
+
     @property
     def wants(self) -> tuple[str, ...]:
         """See `Collect`."""
@@ -195,11 +204,13 @@ class BankCollector:
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Collector`."""
-        return {"index": self.index.clone(), "seen": self.seen.clone(), "all": self.all.clone()}
+        return {"index": self.index.clone(), "seen": self.seen.clone(), "rows": self.all[self.seen]}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Collector`."""
-        self.index, self.seen, self.all = state["index"], state["seen"].to(torch.bool), state["all"]
+        self.index, self.seen = state["index"], state["seen"].to(torch.bool)
+        self.all = torch.zeros(len(self.index), state["rows"].shape[1])
+        self.all[self.seen] = state["rows"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,9 +37,9 @@ class Protocol:
 
     Args:
         name: Its name.
-        features: Name of the feature extractor.
+        features: Name of the feature extractor; "" takes any.
         features_sha256: Start of the hash of its weights; "" takes any.
-        resize: How the extractor resizes images.
+        resize: How the extractor resizes images; "" takes that of the features.
         quantisation: How floats became bytes.
         reference: Name of the set of real images compared with.
         reference_sha256: Start of the hash of its content; "" takes any.
@@ -140,6 +140,8 @@ class Record:
         reference: Name of the real images compared with.
         reference_sha256: Hash of their content.
         reference_n: Their number.
+        own_reference: Whether the metric itself says what it is compared with, as copies are sought in the training
+            set; then the protocol's reference is not asked for.
         source: Where the judged images came from.
     """
 
@@ -161,6 +163,7 @@ class Record:
     reference: str
     reference_sha256: str
     reference_n: int
+    own_reference: bool = False
     source: Source = Source()
 
     @property
@@ -169,12 +172,12 @@ class Record:
         asked, found = self.protocol, []
         if self.n < asked.n:
             found.append(f"n {self.n} instead of {asked.n}")
-        for what in ("features", "resize", "quantisation", "reference"):
-            if getattr(self, what) != getattr(asked, what):
+        for what in ("features", "resize", "quantisation", *(() if self.own_reference else ("reference",))):
+            if getattr(asked, what) not in ("", getattr(self, what)):
                 found.append(f"{what} {getattr(self, what)} instead of {getattr(asked, what)}")
         if not self.features_sha256.startswith(asked.features_sha256):
             found.append(f"feature weights {self.features_sha256[:8]} instead of {asked.features_sha256[:8]}")
-        if not self.reference_sha256.startswith(asked.reference_sha256):
+        if not self.own_reference and not self.reference_sha256.startswith(asked.reference_sha256):
             found.append(
                 f"reference with hash {self.reference_sha256[:8]} instead of {asked.reference_sha256[:8]}"
             )

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion_lab.metrics.collect import Collect, Collected, Collector, Piece, collect, pieces_of
+from diffusion_lab.metrics.collect import Collect, Collected, Collector, collect, pieces_of
 from diffusion_lab.metrics.features import FeatureExtractor
 
 FORMAT = "2"
@@ -35,6 +36,86 @@ def content_hash(x: Tensor) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shelf:
+    """The summaries of one set under one extractor, in files.
+
+    Attributes:
+        folder: Where they are; None keeps none.
+        images: Hash of the images.
+        labels: Hash of their labels, "none" without.
+        features: Name of the extractor.
+        features_sha256: Hash of its weights.
+        resize: Its resize.
+    """
+
+    folder: Path | None
+    images: str
+    labels: str
+    features: str
+    features_sha256: str
+    resize: str
+
+    def key(self, what: Collect) -> dict[str, str]:
+        """Return what a summary was made of."""
+        told = {name: value for name, value in vars(self).items() if name != "folder"}
+        if not what.asks:
+            told["labels"] = "not asked for"
+        return {"format": FORMAT, **told, "kept": repr(what)}
+
+    def read(self, wanted: Sequence[Collect], n: int) -> dict[Collect, Collector]:
+        """Return those of the summaries of a set of `n` images that are there, made under exactly this key."""
+        found: dict[Collect, Collector] = {}
+        for what in wanted if self.folder is not None else ():
+            # reading brings the true lengths along; the extractor is not asked for what is known
+            collector = what.start(n, dict.fromkeys(what.wants, 0))
+            try:
+                with safe_open(self._path(what), framework="pt") as file:
+                    state = {name: file.get_tensor(name) for name in file.keys()}
+                    same = json.loads((file.metadata() or {})["made_as"]) == self.key(what)
+                if same:
+                    collector.load_state_dict(state)
+                    found[what] = collector
+            except (OSError, SafetensorError, KeyError, ValueError):
+                continue
+        return found
+
+    def write(self, kept: Mapping[Collect, Collector]) -> None:
+        """Keep summaries."""
+        for what, collector in kept.items() if self.folder is not None else ():
+            path = self._path(what)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # two processes may make the same statistics at once
+            aside = path.with_name(f".{path.name}.{os.getpid()}")
+            state = {name: value.contiguous() for name, value in collector.state_dict().items()}
+            save_file(state, aside, metadata={"made_as": json.dumps(self.key(what), sort_keys=True)})
+            os.replace(aside, path)
+
+    def _path(self, what: Collect) -> Path:
+        assert self.folder is not None
+        digest = hashlib.sha256(json.dumps(self.key(what), sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{self.features}-{digest[:20]}.safetensors"
+
+
+def shelf(folder: Path | None, images: str, labels: Tensor | None, extractor: FeatureExtractor) -> Shelf:
+    """Return where summaries of a set are kept.
+
+    Args:
+        folder: The folder; None keeps none.
+        images: Hash of the images.
+        labels: `(N,)` classes, or None.
+        extractor: The features.
+    """
+    return Shelf(
+        folder=folder,
+        images=images,
+        labels="none" if labels is None else content_hash(labels.to(torch.int64)),
+        features=extractor.name,
+        features_sha256=extractor.sha256,
+        resize=extractor.resize,
+    )
+
+
 def collect_kept(
     images: Tensor,
     extractor: FeatureExtractor,
@@ -45,7 +126,6 @@ def collect_kept(
     folder: Path | None = None,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
-    on_images: Callable[[int], None] | None = None,
 ) -> Collected:
     """Return what is wanted of a set of images in memory, from the cache where it is there.
 
@@ -58,73 +138,21 @@ def collect_kept(
         folder: Where summaries are kept; None keeps none.
         batch_size: Images in one pass.
         device: Where the extractor is.
-        on_images: Called with the number of images after every batch.
     """
     sha256 = content_hash(images)
-    key = {
-        "format": FORMAT,
-        "images": sha256,
-        "labels": "none" if labels is None else content_hash(labels.to(torch.int64)),
-        "features": extractor.name,
-        "features_sha256": extractor.sha256,
-        "resize": extractor.resize,
-    }
-    n, shape, quantised = len(images), images.shape[1:], images.dtype == torch.uint8
-    kept: dict[Collect, Collector] = {}
-    if folder is not None:
-        for what in wanted:
-            # reading brings the true lengths along; the extractor is not asked for what is known
-            collector = what.start(n, dict.fromkeys(what.wants, 0))
-            if _read(folder, {**key, "kept": repr(what)}, collector):
-                kept[what] = collector
+    files = shelf(folder, sha256, labels, extractor)
+    kept = files.read(wanted, len(images))
     missing = [what for what in wanted if what not in kept]
     made = collect(
-        _told(pieces_of(images, labels, batch_size), on_images) if missing else (),
+        pieces_of(images, labels, batch_size) if missing else (),
         extractor,
         missing,
-        n=n,
-        shape=shape,
+        n=len(images),
+        shape=images.shape[1:],
         name=name,
         sha256=sha256,
-        quantised=quantised,
+        quantised=images.dtype == torch.uint8,
         device=device,
     )
-    if folder is not None:
-        for what, collector in made.kept.items():
-            _write(folder, {**key, "kept": repr(what)}, collector)
+    files.write(made.kept)
     return Collected(**{**vars(made), "kept": {what: kept.get(what) or made.kept[what] for what in wanted}})
-
-
-def _told(pieces: Iterable[Piece], on_images: Callable[[int], None] | None) -> Iterator[Piece]:
-    for piece in pieces:
-        yield piece
-        if on_images is not None:
-            on_images(len(piece[0]))
-
-
-def _path(folder: Path, key: dict[str, str]) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return Path(folder) / f"{key['features']}-{digest[:20]}.safetensors"
-
-
-def _read(folder: Path, key: dict[str, str], collector: Collector) -> bool:
-    """Fill a collector with what is kept if it was made under exactly this key; say whether it was."""
-    try:
-        with safe_open(_path(folder, key), framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            if json.loads((file.metadata() or {})["made_as"]) != key:
-                return False
-        collector.load_state_dict(state)
-        return True
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return False
-
-
-def _write(folder: Path, key: dict[str, str], collector: Collector) -> None:
-    path = _path(folder, key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # two processes may make the same statistics at once
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    state = {name: value.contiguous() for name, value in collector.state_dict().items()}
-    save_file(state, aside, metadata={"made_as": json.dumps(key, sort_keys=True)})
-    os.replace(aside, path)

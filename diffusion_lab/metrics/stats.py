@@ -46,6 +46,13 @@ class GaussianStats:
             self._mean = torch.zeros(dim, dtype=torch.float64)
             self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
 
+    @classmethod
+    def of(cls, mean: Tensor, cov: Tensor) -> GaussianStats:
+        """Return statistics with this mean `(d,)` and covariance `(d, d)`, as if of two vectors: the number is not known."""
+        made = cls()
+        made._n, made._mean, made._scatter = 2, mean.to(torch.float64), cov.to(torch.float64)
+        return made
+
     @property
     def n(self) -> int:
         """Number of feature vectors seen."""

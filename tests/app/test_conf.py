@@ -44,6 +44,9 @@ SAMPLE_ONLY = {("guidance", name) for name in MEASURED} | {
     (group, name) for group in ("measurement", "reward") for name in GROUPS[group]
 }
 ON_SAMPLE = ["run=somewhere", "shape=[1,8,8]", "num_classes=10"]
+EVALUATE_ONLY = ("measures", "protocol")
+# groups whose files merge: each is a mapping of names to parts
+NAMED = ("averages", "callbacks", "logger", "measures", "modifiers")
 
 
 @cache
@@ -57,6 +60,8 @@ def config(app: str, *overrides: str) -> DictConfig:
 
 
 def app_of(group: str, option: str) -> str:
+    if group in EVALUATE_ONLY:
+        return "evaluate"
     return "sample" if (group, option) in SAMPLE_ONLY else "train"
 
 
@@ -66,6 +71,8 @@ def with_option(group: str, option: str) -> DictConfig:
         place = ["guidance=particles", f"reward@guidance.reward={option}"] if group == "reward" else []
         measurement = [] if group == "measurement" else ["measurement=inpaint"]
         return config("sample", *ON_SAMPLE, *(place or [f"{group}={option}"]), *measurement)
+    if group in EVALUATE_ONLY:
+        return config("evaluate", *ON_SAMPLE, f"{group}={option}")
     return config("train", f"{group}={option}", *COMPANY.get((group, option), []))
 
 
@@ -121,16 +128,14 @@ def place_of(cfg: DictConfig, group: str) -> tuple[DictConfig, str]:
 
 @pytest.mark.parametrize("group", sorted(set(GROUPS) - {"debug", "experiment"}))
 def test_a_misspelt_key_in_any_group_is_an_error_that_names_it(group):
-    option = (
-        GROUPS[group][0]
-        if group not in ("averages", "callbacks", "guidance", "modifiers")
-        else GROUPS[group][-1]
-    )
+    option = GROUPS[group][0] if group not in (*NAMED, "guidance") else GROUPS[group][-1]
     for option in GROUPS[group]:
         cfg = with_option(group, option)
         with open_dict(cfg):
             node, prefix = place_of(cfg, group)
-            if group in ("averages", "callbacks", "logger", "modifiers"):
+            if node is None:
+                continue
+            if group in NAMED:
                 if not node:
                     continue
                 name = next(iter(node))
@@ -168,8 +173,11 @@ NEEDS = {("method", "adaptive"): ["schedule=adaptive"], ("method", "vdm"): ["sch
 )
 def test_every_file_builds(group, option, tmp_path):
     if (group, option) in (
+        ("metrics", "clip"),
+        ("metrics", "dinov2"),
         ("metrics", "inception"),
         ("metrics", "mnist"),
+        ("protocol", "standard"),
         ("dataset", "image_folder"),
         ("trainer", "gpu"),
     ):
@@ -188,7 +196,7 @@ def test_every_file_builds(group, option, tmp_path):
     if (group, option) in NEEDS:
         cfg = config("train", f"{group}={option}", *NEEDS[group, option])
     cfg.paths.run = str(tmp_path)
-    if group in ("averages", "callbacks", "logger", "modifiers"):
+    if group in NAMED:
         assert set(hydra.utils.instantiate(cfg[group])) == set(cfg[group])
     else:
         assert hydra.utils.instantiate(place_of(cfg, group)[0]) is not None

@@ -42,8 +42,9 @@ def real_digits(tmp_path):
 def test_a_run_is_sampled_and_scored_once_and_again_without_sampling(trained, capsys):
     evaluate(trained, "num_samples=100")
     out = capsys.readouterr().out
-    assert "FD@100 (digits-cnn)" in out and "real floor" in out and "accuracy@100" in out
+    assert "FD@100 (digits-cnn)" in out and "real images" in out and "accuracy@100" in out
     assert "not by the protocol" in out and "report" in out
+    assert (trained / "metrics.md").read_text().count("| FD@100 (digits-cnn) |") == 1
     assert "<h2>Scores</h2>" in (trained / "report.html").read_text()
     evaluate(trained, "num_samples=100", "batch_size=3")
     out = capsys.readouterr().out
@@ -82,7 +83,7 @@ def test_an_export_is_scored_like_a_run(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (None, "no samples.npz there"),
+        (None, "no such file or folder"),
         ({"pictures": np.zeros((4, 8, 8, 1), np.uint8)}, "an array `images` is needed"),
         ({"images": np.zeros((4, 8, 8, 1), np.float32)}, "images must be uint8"),
         ({"images": np.zeros((4, 9, 9, 1), np.uint8)}, "cannot be scored"),

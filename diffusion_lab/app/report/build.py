@@ -125,9 +125,9 @@ def _metrics(folder: RunFolder) -> str:
 def _number(item: Mapping[str, Any]) -> str:
     beside = ""
     if item.get("real") is not None:
-        kind = (
-            "for real training images, the floor" if item["metric"] == "frechet" else "for real test images"
-        )
+        kind = "for as many real images"
+        if item.get("better", "lower") == "lower":
+            kind += ", the floor"
         beside = f"<small>{html.escape(_value(item, 'real'))} {kind}</small>"
     label, value, deviations = html.escape(item["label"]), _value(item, "value"), _deviations(item)
     warn = f'<small class="warn">deviates: {html.escape(deviations)}</small>' if deviations else ""
@@ -142,7 +142,9 @@ def _deviations(item: Mapping[str, Any]) -> str:
 def _value(item: Mapping[str, Any], key: str) -> str:
     if item.get(key) is None:
         return "–"
-    return f"{100 * item[key]:.2f} %" if item["metric"] == "accuracy" else f"{item[key]:.4g}"
+    # records older than the key are shares where they are accuracies
+    share = item.get("percent", item["metric"] == "accuracy")
+    return f"{100 * item[key]:.2f} %" if share else f"{item[key]:.4g}"
 
 
 def _protocol_line(evaluation: Mapping[str, Any]) -> str:

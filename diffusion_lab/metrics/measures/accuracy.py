@@ -28,6 +28,8 @@ ACCURACY = Quantity(name="accuracy", short="accuracy", better="higher", percent=
 class Answers:
     """Keep how many images were asked for by class, and how many of them are recognised."""
 
+    asks = True
+
     @property
     def wants(self) -> tuple[str, ...]:
         """See `Collect`."""
