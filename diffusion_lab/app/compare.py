@@ -49,7 +49,8 @@ def finish(session: Session) -> None:
     sheet = collect(session.app, session.typed, session.outcomes)
     if sheet is None:
         return
-    from diffusion_lab.app.report.comparison import table, write_up
+    from diffusion_lab.app.report.comparison import write_up
+    from diffusion_lab.app.report.comparison_text import table
 
     runs = session.outcomes[0].config.paths.runs
     folder = (workplace(sheet.runs[0]) if len(sheet.runs) == 1 else Path(runs)) / FOLDER
@@ -132,7 +133,7 @@ def _row(outcome: Outcome, varied: dict[str, str], judges: dict[Path, Yardstick 
         n=len(samples.images),
         first=_first(samples.images, samples.images.labels),
         distance=next((item for item in records if item.metric == "frechet"), None),
-        accuracy=next((item for item in records if item.metric == "accuracy"), None),
+        others=tuple(item for item in records if item.metric != "frechet"),
         why=why,
     )
 

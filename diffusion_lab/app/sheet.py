@@ -35,7 +35,7 @@ class Row:
         n: Number of samples.
         first: The first samples.
         distance: The Fréchet distance; None where `why` tells why not.
-        accuracy: The share recognised as the class asked for, where there are labels and a classifier.
+        others: What else was measured, such as the share recognised as the class asked for.
         why: Column to the line that explains its dash or its number.
     """
 
@@ -44,8 +44,17 @@ class Row:
     n: int
     first: First
     distance: Record | None
-    accuracy: Record | None
+    others: tuple[Record, ...]
     why: dict[str, str]
+
+    def other(self, metric: str) -> Record | None:
+        """Return the record of another measure; None where it was not measured."""
+        return next((item for item in self.others if item.metric == metric), None)
+
+    @property
+    def accuracy(self) -> Record | None:
+        """The share recognised as the class asked for, where there are labels and a classifier."""
+        return self.other("accuracy")
 
     @property
     def sampler(self) -> str:

@@ -48,9 +48,10 @@ class GaussianStats:
 
     @classmethod
     def of(cls, mean: Tensor, cov: Tensor) -> GaussianStats:
-        """Return statistics with this mean `(d,)` and covariance `(d, d)`, as if of two vectors: the number is not known."""
+        """Return statistics with mean `(d,)` and covariance `(d, d)`, as if of two vectors: the number is not known."""
         made = cls()
-        made._n, made._mean, made._scatter = 2, mean.to(torch.float64), cov.to(torch.float64)
+        made._n, made._mean = 2, mean.to(torch.float64)
+        made._scatter = cov.to(torch.float64, copy=True)
         return made
 
     @property
@@ -99,13 +100,22 @@ class GaussianStats:
             raise ValueError(f"features must be (N, d), not {tuple(features.shape)}")
         if not torch.isfinite(features).all():
             raise ValueError("features hold values that are not finite; are the images?")
-        part = GaussianStats()
         wide = features.detach().to(torch.float64)
-        part._n = wide.shape[0]
-        part._mean = wide.mean(dim=0) if part._n else wide.new_zeros(wide.shape[1])
-        centred = wide - part._mean
-        part._scatter = centred.T @ centred
-        self.merge(part)
+        count, dim = wide.shape
+        if self._mean is None:
+            self._mean, self._scatter = wide.new_zeros(dim), wide.new_zeros(dim, dim)
+        elif self._mean.shape[0] != dim:
+            raise ValueError(f"features of {dim} dimensions cannot join those of {self._mean.shape[0]}")
+        if not count:
+            return
+        mean_a, scatter = (x.to(wide.device) for x in self._moments())
+        mean_b, n = wide.mean(dim=0), self._n + count
+        delta = mean_b - mean_a
+        # both terms of the merge as one product, added in place: the matrix is large, a batch is not
+        rows = torch.cat([wide - mean_b, delta[None] * (self._n * count / n) ** 0.5])
+        self._scatter = scatter.addmm_(rows.T, rows)
+        self._mean = mean_a + (count / n) * delta
+        self._n = n
 
     def merge(self, other: GaussianStats) -> None:
         """Add what `other` has seen.
@@ -168,7 +178,8 @@ class GaussianStats:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace the statistics by those of `state_dict`."""
         self._n = int(state["n"])
-        self._mean, self._scatter = state["mean"].to(torch.float64), state["scatter"].to(torch.float64)
+        self._mean = state["mean"].to(torch.float64, copy=True)
+        self._scatter = state["scatter"].to(torch.float64, copy=True)
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         if self._mean is None or self._scatter is None:

@@ -13,7 +13,9 @@ import pytest
 import tiny_runs
 from omegaconf import OmegaConf
 
-from diffusion_lab.app.report.comparison import variant, write_up
+from diffusion_lab.app.report import sortable
+from diffusion_lab.app.report.comparison import write_up
+from diffusion_lab.app.report.comparison_text import variant
 from diffusion_lab.app.sheet import First, Row, Sheet, differing, grouped
 from diffusion_lab.metrics.protocol import Protocol, Record, Source
 
@@ -89,7 +91,7 @@ def test_the_variants_of_a_run_side_by_side(trained, sweep):
 
 
 def test_the_page_needs_nothing_else(trained, sweep):
-    text = sweep("sample", f"run={trained}", "sampler=ddim,heun").text
+    text = sweep("sample", f"run={trained}", "sampler=ddim,heun").text.replace(sortable.SCRIPT, "")
     assert not re.findall(r'(?:src|href)="(?!data:|#)', text) and not re.search(
         r"url\((?!#)|@import|<script|<link", text
     )
@@ -192,7 +194,7 @@ def distance(value, n=100):
 def row(record, **varied):
     first = First(np.zeros((12, 4, 4, 1), np.uint8), np.full(12, -1))
     told = {"nfe": 4, "seconds": 2.0, "made": 50, "seed": 0, "labels": None}
-    return Row(varied=varied, told=told, n=100, first=first, distance=record, accuracy=None, why={})
+    return Row(varied=varied, told=told, n=100, first=first, distance=record, others=(), why={})
 
 
 def sheet(*made):
@@ -222,8 +224,21 @@ def test_distances_at_different_n_are_kept_apart():
 
 def test_what_stands_on_the_command_line_cannot_break_out():
     made = [row(distance(k + 1.0), sampler=f"<script>{k}</script>") for k in range(10)]
-    text = write_up(replace(sheet(*made), names=["<script>"], command="<script>"))
+    text = write_up(replace(sheet(*made), names=["<script>"], command="<script>")).replace(
+        sortable.SCRIPT, ""
+    )
     assert "<script>" not in text and "<i>" not in text.replace('<i class="dot"', "") and "<b>no" not in text
+
+
+def test_all_that_was_measured_has_a_column_that_sorts():
+    recall = replace(distance(0.25), metric="recall", short="recall", percent=True, better="higher")
+    made = [replace(row(distance(1.0), k="a"), others=(recall,)), row(distance(2.0), k="b")]
+    text = write_up(sheet(*made))
+    assert '<table class="sortable">' in text and "recall@100 (pixels)" in text
+    assert (
+        '<td class="right" data-v="0.25">25.00 %</td>' in text
+        and '<td class="right" data-v="">–</td>' in text
+    )
 
 
 def test_rows_without_anything_to_compare_are_a_page():
@@ -236,7 +251,7 @@ def test_a_sweep_of_guidance_scales_shows_fidelity_against_diversity():
     made = [
         replace(
             row(distance(d), **{"guidance.scale": scale, "guidance.interval": interval}),
-            accuracy=replace(distance(a), metric="accuracy"),
+            others=(replace(distance(a), metric="accuracy", short="accuracy", percent=True),),
         )
         for interval in ("[-3,5]", "[-1,3]")
         for scale, d, a in (("1", 2.0, 0.9), ("10", 4.0, 1.0), ("2", 3.0, 0.95))
@@ -244,4 +259,4 @@ def test_a_sweep_of_guidance_scales_shows_fidelity_against_diversity():
     text = write_up(sheet(*made))
     assert "tradeoff-1" in text
     assert "Fidelity against diversity" in text and "guidance.scale grows" in text
-    assert "Fidelity" not in write_up(sheet(*(replace(one, accuracy=None) for one in made)))
+    assert "Fidelity" not in write_up(sheet(*(replace(one, others=()) for one in made)))

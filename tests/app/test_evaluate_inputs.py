@@ -1,4 +1,4 @@
-"""evaluate.py on what users have lying about: folders of pictures, arrays, two sets, other references; and on bad input."""
+"""evaluate.py on what users have lying about: folders of pictures, arrays, two sets, other references; bad input."""
 
 import json
 

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
-from diffusion_lab.app.report import figures, page
+from diffusion_lab.app.report import figures, page, sortable
+from diffusion_lab.app.report.comparison_charts import chart, colours_of, kind_of, tradeoff
+from diffusion_lab.app.report.comparison_text import (
+    best_of,
+    cells_of,
+    heads_of,
+    number_of,
+    others_of,
+    real_n,
+    value_of,
+    variant,
+)
 from diffusion_lab.app.sheet import First, Row, Sheet
-from diffusion_lab.metrics.protocol import Record
 
 # of a picture: pixels across, at most, before it is enlarged, and rows of images
 ACROSS = 1280
 ROWS = 4
 COLUMNS = 10
-NFE = "NFE: network evaluations per sample"
 
 
 def write_up(sheet: Sheet) -> str:
@@ -39,10 +45,12 @@ def write_up(sheet: Sheet) -> str:
         + (f" · guidance {guidance}" if guidance else ""),
         facts=_facts(sheet),
         sections=[
+            sortable.STYLE,
             *(_scores(sheet, group, number) for number, group in enumerate(sheet.groups, 1)),
             _pictures(sheet),
             _failures(sheet),
             page.section("Reproduce", f'<pre class="wrap"><code>{html.escape(sheet.command)}</code></pre>'),
+            sortable.SCRIPT,
         ],
     )
 
@@ -68,144 +76,51 @@ def _facts(sheet: Sheet) -> dict[str, str | None]:
     }
 
 
-# ---- words -----------------------------------------------------------------------------------------------
-
-
-def variant(row: Mapping[str, str], *, leave: Sequence[str] = ()) -> str:
-    """Return what was varied in a few words: `ddim · steps 8`.
-
-    Args:
-        row: Overrides, by key.
-        leave: Keys to leave out.
-    """
-    last = [key.rpartition(".")[2] for key in row]
-    words = []
-    for key, value in row.items():
-        if key in leave:
-            continue
-        name = key.rpartition(".")[2]
-        # an option of a group, or a folder, says by itself what it is
-        plain = "." not in key and not _is_number(value)
-        words.append(value if plain else f"{name if last.count(name) == 1 else key} {value}")
-    return " · ".join(words)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return text in ("null", "true", "false") or text.startswith("[")
-    return True
-
-
-def _number(value: float | None) -> str:
-    # the zeros at the end stay, so that the points of a column stand below each other
-    return "–" if value is None else f"{value:#.4g}".removesuffix(".")
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f} %"
-
-
-def _best(group: Sequence[Row]) -> Row | None:
-    """The nearest one, where there is something to be nearer than."""
-    scored = [row for row in group if row.distance is not None]
-    return scored[0] if len(scored) > 1 else None
-
-
-def _heads(group: Sequence[Row]) -> tuple[Record | None, Record | None]:
-    """The records that name the columns of distances and of accuracies."""
-    return (
-        next((row.distance for row in group if row.distance is not None), None),
-        next((row.accuracy for row in group if row.accuracy is not None), None),
-    )
-
-
-def _real_n(distance: Record) -> str:
-    return "" if distance.real_n in (None, distance.n) else f", n {distance.real_n:,}"
-
-
-def table(sheet: Sheet, group: Sequence[Row]) -> Table:
-    """Lay a group out for the terminal, the best row first."""
-    distance, accuracy = _heads(group)
-    out = Table(box=None, pad_edge=False, header_style="dim")
-    for key in sheet.keys:
-        out.add_column(Text(key))
-    names = [distance.label if distance else "FD", "NFE", "seconds", "s/1000"]
-    for name in [*names, *([accuracy.label] if accuracy else [])]:
-        out.add_column(Text(name), justify="right")
-    for row in group:
-        cells = [row.varied[key] for key in sheet.keys]
-        cells += [text + (f" ({mark})" if mark else "") for text, mark in _cells(sheet, row)]
-        if accuracy:
-            cells.append(_percent(row.accuracy.value if row.accuracy else None))
-        out.add_row(*(Text(cell) for cell in cells), style="bold" if row is _best(group) else None)
-    if distance is not None and distance.real is not None:
-        real = [f"real data{_real_n(distance)}", *[""] * (len(sheet.keys) - 1)]
-        numbers = [_number(distance.real), "", "", "", *([_percent(accuracy.real)] if accuracy else [])]
-        out.add_row(*([*real, *numbers] if sheet.keys else numbers), style="dim")
-    return out
-
-
-def _cells(sheet: Sheet, row: Row) -> list[tuple[str, int | None]]:
-    """Distance, NFE, seconds and seconds per 1000 as text, each with the number of its footnote."""
-    notes = sheet.footnotes
-    texts = {
-        "distance": _number(row.distance.value if row.distance else None),
-        "nfe": "–" if row.nfe is None else str(row.nfe),
-        "seconds": _seconds(row.seconds),
-        "seconds_per_1000": _seconds(row.seconds_per_1000),
-    }
-    return [
-        (text, notes.index(row.why[column]) + 1 if column in row.why else None)
-        for column, text in texts.items()
-    ]
-
-
 # ---- the sections ----------------------------------------------------------------------------------------
 
 
 def _scores(sheet: Sheet, group: Sequence[Row], number: int) -> str:
-    distance, accuracy = _heads(group)
-    best = _best(group)
+    distance, others = heads_of(group)
+    best = best_of(group)
     head = "".join(f"<th>{html.escape(key)}</th>" for key in sheet.keys)
     names = [distance.label if distance else "FD", "NFE", "seconds", "s / 1000 samples"]
-    names += [accuracy.label] if accuracy else []
+    names += [item.label for item in others]
     head += "".join(f'<th class="right">{html.escape(name)}</th>' for name in names)
-    lines = []
-    colours = _colours(sheet)
+    lines, foot = [], ""
+    colours = colours_of(sheet)
     for row in group:
         cells = [f"<td>{html.escape(row.varied[key])}</td>" for key in sheet.keys]
         if cells and distance is not None:
-            colour = colours[_kind(sheet, row)] % len(figures.SERIES) + 1
+            colour = colours[kind_of(sheet, row)] % len(figures.SERIES) + 1
             dot = f'<i class="dot" style="color:var(--series-{colour})">●</i>'
             cells[0] = cells[0].replace("<td>", f"<td>{dot}", 1)
-        for place, (text, note) in enumerate(_cells(sheet, row)):
+        values = [row.distance.value if row.distance else None, row.nfe, row.seconds, row.seconds_per_1000]
+        for place, (text, note) in enumerate(cells_of(sheet, row)):
             mark = f"<sup>{note}</sup>" if note else ""
             first = '<span class="best">best&ensp;</span>' if row is best and place == 0 else ""
-            cells.append(f'<td class="right">{first}{html.escape(text)}{mark}</td>')
-        if accuracy:
-            cells.append(f'<td class="right">{_percent(row.accuracy.value if row.accuracy else None)}</td>')
+            value = sortable.cell_value(values[place])
+            cells.append(f'<td class="right"{value}>{first}{html.escape(text)}{mark}</td>')
+        for head_, text in zip(others, others_of(row, others), strict=True):
+            found = row.other(head_.metric)
+            value = sortable.cell_value(None if found is None else found.value)
+            cells.append(f'<td class="right"{value}>{text}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     if distance is not None and distance.real is not None:
-        real = [_number(distance.real), "–", "–", "–", *([_percent(accuracy.real)] if accuracy else [])]
-        name = f"real training data, the floor{_real_n(distance)}" + (
-            "; accuracy of the test data" if accuracy else ""
+        real = [number_of(distance.real), "–", "–", "–", *(value_of(item, item.real) for item in others)]
+        name = f"real training data, the floor{real_n(distance)}" + (
+            "; accuracy of the test data" if any(item.metric == "accuracy" for item in others) else ""
         )
-        lines.append(
-            f'<tr class="real"><td colspan="{max(1, len(sheet.keys))}">{name}</td>'
+        foot = (
+            f'<tfoot><tr class="real"><td colspan="{max(1, len(sheet.keys))}">{name}</td>'
             + "".join(f'<td class="right">{text}</td>' for text in real)
-            + "</tr>"
+            + "</tr></tfoot>"
         )
-    body = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    body = (
+        f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody>{foot}</table></div>"
+    )
     title = "Scores" if len(sheet.groups) == 1 or distance is None else f"Scores: {distance.label}"
-    charts = _chart(sheet, group, number) + _tradeoff(sheet, group, number)
+    charts = chart(sheet, group, number) + tradeoff(sheet, group, number)
     return page.section(title, charts + body + _notes(sheet, group))
 
 
@@ -217,7 +132,7 @@ def _notes(sheet: Sheet, group: Sequence[Row]) -> str:
         if line in used
     )
     lines = [f'<ol class="notes">{numbered}</ol>'] if numbered else []
-    distance, _ = _heads(group)
+    distance, _ = heads_of(group)
     if distance is not None:
         deviations = distance.deviations
         if deviations:
@@ -225,75 +140,14 @@ def _notes(sheet: Sheet, group: Sequence[Row]) -> str:
             lines.append(f'<p class="warn"><small>{html.escape(text)}</small></p>')
         if len(sheet.groups) > 1:
             other = next(
-                item for other in sheet.groups if other is not group if (item := _heads(other)[0]) is not None
+                item
+                for other in sheet.groups
+                if other is not group
+                if (item := heads_of(other)[0]) is not None
             )
             text = f"Not comparable with {other.label}: {'; '.join(distance.differences(other))}."
             lines.append(f'<p class="faint"><small>{html.escape(text)}</small></p>')
     return "".join(lines)
-
-
-def _colours(sheet: Sheet) -> dict[str, int]:
-    """Return the number of the colour of each kind of row."""
-    names = sorted({_kind(sheet, row) for row in sheet.rows})
-    return {name: number for number, name in enumerate(names)}
-
-
-def _kind(sheet: Sheet, row: Row) -> str:
-    """What has a colour of its own: a sampler; where there is but one, whatever else was varied."""
-    several = len({other.sampler for other in sheet.rows}) > 1
-    return row.sampler if several else variant(row.varied, leave=["grid.steps"])
-
-
-def _chart(sheet: Sheet, group: Sequence[Row], number: int) -> str:
-    """The distance over the cost; the points that differ in the number of steps alone are joined."""
-    drawn = [row for row in group if row.distance is not None and row.nfe is not None]
-    if len(drawn) < 2:
-        return ""
-    lines: dict[tuple[str, str], list[Row]] = {}
-    for row in drawn:
-        label = variant(row.varied, leave=["grid.steps"])
-        lines.setdefault((_kind(sheet, row), label or row.sampler.partition("(")[0]), []).append(row)
-    colours = _colours(sheet)
-    markers: dict[str, int] = {}
-    series = []
-    for (kind, label), found in sorted(lines.items()):
-        rows = sorted(found, key=lambda row: row.nfe or 0)
-        marker = markers[kind] = markers.get(kind, -1) + 1
-        x, y = [float(row.nfe or 0) for row in rows], [row.distance.value for row in rows if row.distance]
-        series.append(figures.Series(label, x, y, colours[kind], marker + colours[kind] // 8))
-    distance, best = _heads(group)[0], _best(drawn)
-    assert distance is not None
-    svg = figures.scatter_chart(
-        f"cost-{number}",
-        series,
-        labels=(NFE, distance.label),
-        best=(float(best.nfe or 0), best.distance.value) if best and best.distance else None,
-        floor=distance.real,
-    )
-    return f'<figure class="card">{svg}</figure>'
-
-
-def _tradeoff(sheet: Sheet, group: Sequence[Row], number: int) -> str:
-    """Where a guidance scale was swept: distance over accuracy, points that differ in the scale alone joined."""
-    swept = [key for key in sheet.keys if key.rpartition(".")[2] == "scale"]
-    drawn = [row for row in group if row.distance is not None and row.accuracy is not None]
-    if not swept or len(drawn) < 3:
-        return ""
-    lines: dict[str, list[Row]] = {}
-    for row in drawn:
-        lines.setdefault(variant(row.varied, leave=swept) or "scale", []).append(row)
-    series = []
-    for colour, (label, rows) in enumerate(sorted(lines.items())):
-        rows = sorted(rows, key=lambda row: [float(row.varied[key]) for key in swept])
-        x = [100 * row.accuracy.value for row in rows if row.accuracy]
-        y = [row.distance.value for row in rows if row.distance]
-        series.append(figures.Series(label, x, y, colour, colour))
-    distance, accuracy = _heads(group)
-    assert distance is not None and accuracy is not None
-    axes = (f"{accuracy.label}, %", distance.label)
-    svg = figures.scatter_chart(f"tradeoff-{number}", series, labels=axes, floor=distance.real)
-    text = f"Fidelity against diversity: along a line {', '.join(swept)} grows."
-    return f'<figure class="card">{svg}<figcaption>{html.escape(text)}</figcaption></figure>'
 
 
 def _pictures(sheet: Sheet) -> str:
@@ -309,12 +163,12 @@ def _pictures(sheet: Sheet) -> str:
     # axes that real data fill: a sampler that diverges must not make dots of the others
     fitting = sheet.real if sheet.real is not None else sheet.rows[0].first
     extent = figures.points_extent([fitting.images]) if points else None
-    best = [_best(group) for group in sheet.groups]
+    best = [best_of(group) for group in sheet.groups]
     cards = []
     for row in sheet.rows:
         name = variant(row.varied) or row.sampler
         mark = ' <span class="best">best</span>' if any(row is one for one in best) else ""
-        told = [f"{row.distance.label} {_number(row.distance.value)}"] if row.distance else []
+        told = [f"{row.distance.label} {number_of(row.distance.value)}"] if row.distance else []
         told += [f"NFE {row.nfe}"] if row.nfe is not None else []
         cards.append(
             f"<figure>{page.image(_picture(row.first, extent), name)}<figcaption><b>{html.escape(name)}</b>{mark}<br>"

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_lab.app.report import page
+from diffusion_lab.app.report import page, sortable
 from diffusion_lab.app.sweep.journal import short
 from diffusion_lab.app.sweep.table import Found, Row, cells, heads, number, what
 
@@ -23,8 +23,6 @@ SPAN = 30.0
 TICKS = 8
 RIGHT = ' class="right"'
 STYLE = """<style>
-table.sweep th { cursor: pointer; user-select: none; }
-table.sweep th[data-order]::after { content: " ↑"; } table.sweep th[data-order="-1"]::after { content: " ↓"; }
 table.sweep tr.lit td { background: var(--code); }
 .job { fill: none; stroke: var(--series-1); stroke-width: 1.6; opacity: .75; }
 .job.best { stroke: var(--good); stroke-width: 2.6; opacity: 1; }
@@ -33,19 +31,7 @@ table.sweep tr.lit td { background: var(--code); }
 </style>"""
 SCRIPT = """<script>
 document.querySelectorAll("table.sweep").forEach(table => {
-  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
-  heads.forEach((head, column) => head.onclick = () => {
-    const order = head.dataset.order === "1" ? -1 : 1;
-    heads.forEach(other => delete other.dataset.order);
-    head.dataset.order = order;
-    const value = row => row.cells[column].dataset.v ?? row.cells[column].textContent;
-    const rows = [...body.rows].sort((a, b) => {
-      const x = value(a), y = value(b), none = (x === "") - (y === "");
-      if (none || x === "") return none;
-      return order * (isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y);
-    });
-    body.append(...rows);
-  });
+  const body = table.tBodies[0];
   [...body.rows].forEach(row => {
     const lines = document.querySelectorAll(`.job[data-job="${row.dataset.job}"]`);
     const light = on => [row, ...lines].forEach(part => part.classList.toggle("lit", on));
@@ -82,10 +68,11 @@ def write_up(found: Found, folder: Path) -> str:
             "begun": found.created,
         },
         sections=[
-            page.section("Jobs", STYLE + _table(found, folder)),
+            page.section("Jobs", sortable.STYLE + STYLE + _table(found, folder)),
             _lines(found),
             _reasons(found),
             page.section("Reproduce", f'<pre class="wrap"><code>{html.escape(found.command)}</code></pre>'),
+            sortable.SCRIPT,
             SCRIPT,
         ],
     )
@@ -100,7 +87,7 @@ def _table(found: Found, folder: Path) -> str:
         f"<th{RIGHT if right else ''}>{html.escape(name)}</th>" for name, right in [*names, ("status", False)]
     )
     lines = "".join(_line(found, row, folder) for row in found.rows)
-    text = f'<table class="sweep"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+    text = f'<table class="sweep sortable"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
     return f'<div class="scroll">{text}</div>'
 
 
