@@ -25,6 +25,7 @@ from torch import nn
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.launch import OWN, outer_world, started_by_others
+from diffusion_lab.app.rules import check_precision
 from diffusion_lab.callbacks import StopAtImages
 from diffusion_lab.denoisers import NetworkDenoiser
 from diffusion_lab.denoisers.bridge import BridgeField
@@ -32,8 +33,6 @@ from diffusion_lab.rng import derive_seed
 from diffusion_lab.samplers.generate import Generation
 from diffusion_lab.samplers.transport_samplers import check_kinds
 
-PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
-"""What a run may be trained in: only the inside of the network is ever lowered."""
 FLOAT16 = ("16", "16-mixed")
 
 
@@ -147,6 +146,7 @@ def _trainer(config: Mapping[str, Any], callbacks: list[pl.Callback], loggers: l
     from diffusion_lab.modules.checkpoint_io import AtomicCheckpointIO
 
     node = dict(config["trainer"])
+    check_precision(node["precision"])
     plugins: list[Any] = [AtomicCheckpointIO()]
     # the environment is named: Lightning guesses wrongly inside a Kubernetes pod, and in a job that is called "bash"
     if OWN in os.environ:
@@ -163,7 +163,7 @@ def _trainer(config: Mapping[str, Any], callbacks: list[pl.Callback], loggers: l
         node["precision"] = None
     make = instantiate({**node, "_partial_": True}, "trainer")
     try:
-        trainer = make(
+        return make(
             callbacks=callbacks,
             logger=loggers or False,
             plugins=plugins,
@@ -172,12 +172,6 @@ def _trainer(config: Mapping[str, Any], callbacks: list[pl.Callback], loggers: l
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise UserError(f"trainer: {one_line(str(error))}") from error
-    if trainer.precision not in PRECISIONS:
-        raise UserError(
-            f"trainer.precision={config['trainer']['precision']}: weights and coefficients keep float32 or better; "
-            f"choose one of {', '.join(PRECISIONS)}"
-        )
-    return trainer
 
 
 def _kind(accelerator: str) -> str:

@@ -21,6 +21,9 @@ from diffusion_lab.app.errors import UserError, similar_folder
 FROM_RUN = "from_run"
 SAMPLING = ("schedule", "sampler", "grid", "guidance", "modifiers")
 GROUPS = {"sample": (*SAMPLING, "measurement"), "evaluate": (*SAMPLING, "metrics")}
+"""The groups that a run records."""
+ONLY = {"sample": (), "evaluate": ("measures", "protocol")}
+"""The groups that only an app has."""
 FACTS = ("shape", "num_classes")
 
 
@@ -59,6 +62,21 @@ def _unquote(text: str) -> str:
 def _quote(text: str) -> str:
     """Quote a path for Hydra's grammar, in which = , : and blanks mean something and 2025_01 is a number."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def override(key: str, value: str) -> str:
+    """Return `key=value` so that Hydra reads the very text back: quoted where its grammar would take it for more."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    plain = f"{key}={value}"
+    try:
+        parsed = OverridesParser.create().parse_override(plain)
+        if not parsed.is_sweep_override() and parsed.value() == value:
+            return plain
+    except HydraException:
+        pass
+    return f"{key}={_quote(value)}"
 
 
 def plain_override(override: str) -> str:
@@ -120,12 +138,42 @@ def _recorded(config: dict[str, Any], groups: Sequence[str]) -> dict[str, Any]:
     return nodes
 
 
-def complete(app: str, argv: Sequence[str]) -> Completed:
+def _without_run(argv: Sequence[str], chosen: set[str]) -> Completed:
+    """Two sets against each other: nothing is recorded, so what would have been must be said."""
+    if not {"metrics", "protocol"} & chosen:
+        raise UserError(
+            "metrics=<features> is needed where no run= says which, e.g. metrics=inception or metrics=pixels"
+        )
+    if not {"reference", "protocol"} & chosen:
+        raise UserError("reference=<folder or file> is needed where no run= says which data are meant")
+    return Completed(list(argv), {}, [])
+
+
+def chosen_by_protocol(name: str | None, conf: Sequence[Path]) -> set[str]:
+    """Return the groups that a protocol chooses, in place of what a run recorded.
+
+    Args:
+        name: Name of the protocol; None for none.
+        conf: The folders of the config groups.
+    """
+    import yaml
+
+    for folder in conf:
+        file = folder / "protocol" / f"{name}.yaml"
+        if name and file.is_file():
+            defaults = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults") or []
+            words = [str(key).split() for item in defaults if isinstance(item, dict) for key in item]
+            return {parts[-1].lstrip("/") for parts in words if parts[0] == "override"}
+    return set()
+
+
+def complete(app: str, argv: Sequence[str], conf: Sequence[Path] = ()) -> Completed:
     """Complete the command line of `sample` or `evaluate` with what the run recorded.
 
     Args:
         app: "sample" or "evaluate".
         argv: The arguments as typed, program name left out.
+        conf: The folders of the config groups.
 
     Raises:
         UserError: If `run=` is missing, its folder is no run, or several runs disagree.
@@ -133,13 +181,16 @@ def complete(app: str, argv: Sequence[str]) -> Completed:
     given = [pair for argument in argv if (pair := split_override(argument)) is not None]
     user = [argument for argument in argv if split_override(argument) is not None or argument.startswith("~")]
     value = dict(given).get("run")
-    if not value:
+    if not value or value == "null":
+        if app == "evaluate" and "samples" in dict(given):
+            return _without_run(argv, {split[0] for split in given})
         raise UserError(f"run=<folder> is needed, e.g. python {app}.py run=runs/digits/quickstart/latest")
     multirun = is_multirun(argv)
     folders = run_folders(value, multirun=multirun)
     configs = [read_run(folder) for folder in folders]
     # guidance@guidance.inner=cfg chooses what a guidance builds on, not the guidance
     chosen = {split[0] for item in argv if (split := split_override(item)) and "@" not in item.split("=")[0]}
+    chosen |= chosen_by_protocol(dict(given).get("protocol"), conf)
     groups = [group for group in GROUPS[app] if group not in chosen]
 
     nodes = _recorded(configs[0], groups)

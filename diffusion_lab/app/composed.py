@@ -52,11 +52,14 @@ def check_config(session: Session, cfg: DictConfig) -> None:
     from omegaconf import open_dict
 
     from diffusion_lab.app.help import options
+    from diffusion_lab.app.rules import check_rules
     from diffusion_lab.app.schema import SCHEMAS
     from diffusion_lab.app.validate import drop_absent_parts, validate
 
     drop_absent_parts(cfg, options(session.folders), cfg.overrides)
     validate(cfg, SCHEMAS[session.app])
+    if session.app == "train":
+        check_rules(cfg)
     with open_dict(cfg):
         for group in SWEEPING:
             cfg.pop(group, None)

@@ -30,6 +30,7 @@ from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.job import device_of, from_config
 from diffusion_lab.app.judging import Samples, Yardstick, score, yardstick
 from diffusion_lab.app.measuring import Place
+from diffusion_lab.app.places import workplace
 from diffusion_lab.app.run import RunFolder
 from diffusion_lab.app.sample import default_out, draw, find_done
 from diffusion_lab.data.stored_images import Held, Mapped, open_images, some
@@ -49,14 +50,14 @@ class Scored:
     records: list[Record]
 
 
-def run(cfg: DictConfig) -> Scored | Path:
+def run(cfg: DictConfig) -> Scored | list[dict[str, Any]]:
     """Score what a composed and checked config asks for.
 
     Args:
         cfg: The config of `conf/evaluate.yaml`.
 
     Returns:
-        What it came to; the file with the numbers where a model was judged and not its samples.
+        What it came to; the records alone where a model was judged and not its samples.
 
     Raises:
         UserError: If the run, the samples or the data are missing or do not fit.
@@ -98,12 +99,12 @@ def run(cfg: DictConfig) -> Scored | Path:
         print(f"{about}: not by the protocol {line}")
     typed = config["out"] or config["run"] or str(out)
     print(f"metrics {shown(told['file'], typed)}")
-    if config["out"] is None and folder is not None and (folder / "checkpoints").is_dir():
+    if config["out"] is None and folder is not None and (out / "checkpoints").is_dir():
         from diffusion_lab.app.model_card import write_card
         from diffusion_lab.app.report import write_report
 
-        write_card(RunFolder(folder))
-        print(f"report  {shown(write_report(RunFolder(folder)), typed)}")
+        write_card(RunFolder(out))
+        print(f"report  {shown(write_report(RunFolder(out)), typed)}")
     return Scored(samples.where, records)
 
 
@@ -122,13 +123,12 @@ def _skipped(line: str) -> None:
 
 
 def _out(config: Mapping[str, Any], folder: Path | None) -> Path:
-    """Return where metrics.json goes: to the run, or below runs/evaluations."""
+    """Return where metrics.json goes: to the run, never into an export, or below runs/evaluations."""
     if config["out"]:
         return Path(config["out"])
-    if folder is not None and (folder / "checkpoints").is_dir():
-        return folder
-    name = folder.name if folder is not None else Path(config["samples"]).stem
-    return Path(config["paths"]["runs"]) / "evaluations" / name
+    if folder is not None:
+        return workplace(folder)
+    return Path(config["paths"]["runs"]) / "evaluations" / Path(config["samples"]).stem
 
 
 def _samples(config: Mapping[str, Any], folder: Path | None, yard: Yardstick) -> Samples:

@@ -11,6 +11,7 @@ latents they are.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from diffusion_lab.app import record
+from diffusion_lab.app.choices import override
 from diffusion_lab.app.errors import UserError, did_you_mean, one_line
 from diffusion_lab.data.errors import DataError
+from diffusion_lab.data.pictures import reason
 
 SHARED = {
     "autoencoder": None,
@@ -79,6 +82,9 @@ def _guarded(work: Callable[[list[str]], None], words: Sequence[str] | None, usa
     except (UserError, DataError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {reason(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -97,7 +103,7 @@ def _split(words: Sequence[str], known: Mapping[str, str | None]) -> tuple[dict[
     for key in ("batch_size", "seed"):
         if key in own and not str(own[key]).isdigit():
             raise UserError(f"{key}={own[key]}: a number is needed")
-    if int(str(own["batch_size"])) < 1:
+    if not int(str(own["batch_size"])):
         raise UserError("batch_size=0: a positive number is needed")
     if own["precision"] not in ("32-true", "bf16-mixed"):
         raise UserError(
@@ -123,9 +129,8 @@ def _load(own: Mapping[str, Any]) -> Any:
 
 def _encode(words: list[str]) -> None:
     own, rest = _split(words, ENCODE)
-    for key in ("autoencoder", "out"):
-        if own[key] is None:
-            raise UserError(f"{key}=... is needed; --help says more")
+    if (key := next((key for key in ("autoencoder", "out") if own[key] is None), None)) is not None:
+        raise UserError(f"{key}=... is needed; --help says more")
     if str(own["mirror"]).lower() not in ("true", "false"):
         raise UserError(f"mirror={own['mirror']}: true or false is meant")
     node = dataset_node(rest)
@@ -221,7 +226,8 @@ def _show(manifest: Mapping[str, Any], out: Path) -> None:
     scale = manifest["autoencoder"].get("scaling_factor")
     shape = manifest["shape"]
     command = [
-        "python", "train.py", "dataset=latents", f"dataset.root={out}", f"shape=[{','.join(map(str, shape))}]",
+        "python", "train.py", "dataset=latents", override("dataset.root", str(out)),
+        f"shape=[{','.join(map(str, shape))}]",
         f"num_classes={manifest['num_classes']}",
         f"dataset.shift=[{','.join(map(str, manifest['shift']))}]",
         f"dataset.scale=[{','.join(map(str, manifest['scale']))}]",
@@ -240,10 +246,21 @@ def _show(manifest: Mapping[str, Any], out: Path) -> None:
             "its own scale",
             f"{scale} (std with it: {numbers([scale * s for s in manifest['std']])})" if scale else "none",
         ),
+        *([("unreadable", unreadable(skipped))] if (skipped := manifest.get("skipped")) else []),
         ("files", str(out)),
         ("train", shlex.join(command)),
     ]
     show(facts_table(rows, f"encoded {manifest['data']['name']}"))
+
+
+def unreadable(skipped: Mapping[str, Sequence[str]]) -> str:
+    """Tell of the images that could not be read, by split: how many, what stands there, and the first ones."""
+    from diffusion_lab.data.encode import MANIFEST
+
+    counts = [f"{len(lines):,} of {split}" for split, lines in skipped.items()]
+    lines = [line for some in skipped.values() for line in some]
+    named = "; ".join(lines[:3]) + (f"; ... (all in {MANIFEST})" if len(lines) > 3 else "")
+    return f"{' and '.join(counts)}; in their rows the next readable ones come twice: {named}"
 
 
 # ---- decode ----------------------------------------------------------------------------------------------
@@ -321,8 +338,6 @@ def _dataset(samples: Path, told: Mapping[str, Any]) -> dict[str, Any]:
 
 def _manifest(dataset: Mapping[str, Any]) -> dict[str, Any]:
     """Return the latents.json of a data set; nothing where it is not there."""
-    import os
-
     from diffusion_lab.data.encode import MANIFEST
 
     root = Path(str(dataset.get("root")))

@@ -92,6 +92,28 @@ def check_resume(arguments: Sequence[str]) -> None:
                 raise UserError(f"{argument}: no such folder{tail}")
 
 
+def check_blanks(arguments: Sequence[str]) -> None:
+    """Check that no blank parts a list: the shell takes what is behind it for another word.
+
+    Raises:
+        UserError: If a word ends in a comma, or the next one begins with one.
+    """
+    words = list(arguments)
+    for place, word in enumerate(words):
+        if "=" not in word or word.startswith("-"):
+            continue
+        list_of = [word]
+        for following in words[place + 1 :]:
+            goes_on = list_of[-1].endswith(",") or following.startswith(",")
+            if not goes_on or "=" in following or following.startswith("-"):
+                break
+            list_of.append(following)
+        if len(list_of) > 1:
+            raise UserError(f"{' '.join(list_of)}: a list has no blanks: {''.join(list_of)}")
+        if word.endswith(",") and "[" not in word:
+            raise UserError(f"{word}: a value is missing behind the comma")
+
+
 def check_sweep(arguments: Sequence[str], *, multirun: bool) -> None:
     """Check what is said about a sweep before Hydra plans it.
 
@@ -206,6 +228,9 @@ def _missing(missing: str, text: str, folders: Sequence[Path]) -> str:
 def _composition(error: BaseException, overrides: Sequence[str], folders: Sequence[Path], keys: Keys) -> str:
     """Tell why Hydra or OmegaConf refused an override or a defaults list."""
     text, cause = str(error), str(error.__cause__ or "")
+    if several := re.match(r"Ambiguous value for argument '(([^=]+)=(.*))'", text):
+        whole, key, value = several.groups()
+        return f"{whole}: several values are a sweep, add --multirun; one value that is a list: '{key}=[{value}]'"
     if taken := re.search(r"An item is already at '([^']+)'", text):
         plain = next((item for item in overrides if item.startswith(f"+{taken[1]}=")), f"+{taken[1]}=")
         return f"{plain}: '{taken[1]}' exists already; write {plain.lstrip('+')} to change it"

@@ -173,7 +173,7 @@ def make(
     def block(start: int) -> np.ndarray:
         return to_array(_block(job, generation, denoiser, given, data, device, start), pixels)
 
-    with _blocks_at_once(device, world) as pool:
+    with blocks_at_once(device, world) as pool:
         for part in parts:
             starts = range(part.start, part.stop, job.block)
             whole = np.concatenate(list(pool(block, starts)))[: len(part)]
@@ -214,7 +214,7 @@ def _block(
         return generation(denoiser, seeds=streams(job.seed, indices), cond=cond or None, device=device)
 
 
-class _blocks_at_once:
+class blocks_at_once:
     """Blocks on a CPU: as many at once as there are cores for this process, each by one thread. On a GPU: in turn."""
 
     def __init__(self, device: torch.device, world: int) -> None:

@@ -16,7 +16,6 @@ depends on. Where it writes, how long it goes on, how often it looks, and on how
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lab.app.errors import UserError
+from diffusion_lab.claims import claim, owner
 
 LATEST = "latest"
 
@@ -231,22 +231,11 @@ def _first_difference(old: Any, new: Any, prefix: str) -> str | None:
 def claimed(folder: RunFolder) -> Iterator[None]:
     """Hold a run for this process, so that no second one trains into the same folder.
 
-    A POSIX record lock: it belongs to the process, forked loader workers do not inherit it, and it ends with a kill.
-
     Raises:
         UserError: If another process holds the run.
     """
-    with (folder.path / ".lock").open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip()
-            raise UserError(
-                f"{folder.path} is being trained by another process ({owner or 'unknown'})"
-            ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
+    file = folder.path / ".lock"
+    with claim(file) as held:
+        if not held:
+            raise UserError(f"{folder.path} is being trained by another process ({owner(file)})")
         yield

@@ -32,6 +32,7 @@ from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.fit import describe_part
 from diffusion_lab.app.inputs import Measured, measured, read_inputs, read_measured
 from diffusion_lab.app.job import STRIDE, Job, from_config, read_job
+from diffusion_lab.app.places import workplace
 from diffusion_lab.app.probe import Probed, check_labels, probe
 from diffusion_lab.app.run import digest
 from diffusion_lab.files import write_atomically
@@ -118,11 +119,11 @@ def _measure(config: dict[str, Any], loaded: Loaded) -> tuple[Measured, dict[str
 
 
 def default_out(folder: Path, job: Job, loaded: Loaded) -> Path:
-    """Return the folder for samples when none is named: inside the run, after the settings."""
+    """Return the folder for samples when none is named, after the settings: inside the run, see `places.py`."""
     name = (
         f"{loaded.ema}-{loaded.images_seen:010d}-n{job.num_samples}-seed{job.seed}-{digest(job.settings)[:8]}"
     )
-    return folder / "samples" / name
+    return workplace(folder) / "samples" / name
 
 
 def describe(generation: Mapping[str, Any], part: str) -> str:
@@ -132,9 +133,9 @@ def describe(generation: Mapping[str, Any], part: str) -> str:
 
 
 def find_done(job: Job, folder: Path) -> Path | None:
-    """Return the folder inside a run that holds most of the samples of a job: those of the same settings."""
+    """Return the folder of a run that holds most of the samples of a job: those of the same settings."""
     best: tuple[int, Path] | None = None
-    for file in sorted((folder / "samples").glob("*/record.json")):
+    for file in sorted((workplace(folder) / "samples").glob("*/record.json")):
         told = record.read(file)
         if told.get("settings_hash") == digest(job.settings) and (file.parent / "samples.npz").is_file():
             found = int(told["num_samples"]), file.parent

@@ -6,12 +6,16 @@ features are merged over the processes, and the first one computes the distance 
     |mu - mu_ref|^2 + tr(cov + cov_ref - 2 (cov cov_ref)^(1/2))
 
 The value is logged as `fd@<n>/<features>/<average>`: distances for different n, features or averages are
-different numbers.
+different numbers. With `file` each one also goes there as a record, with the protocol it was measured under: a JSON
+object a line, and the number of images seen beside it.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -23,8 +27,13 @@ from diffusion_lab.callbacks.preemption import was_preempted
 from diffusion_lab.callbacks.sampling import conditions, evaluating, labels_for, pick, share
 from diffusion_lab.images import to_uint8
 from diffusion_lab.loggers import log_metrics
+from diffusion_lab.metrics.collect import Collected, Moments, Piece, collect, pieces_of
 from diffusion_lab.metrics.features import FeatureExtractor
-from diffusion_lab.metrics.frechet import GaussianStats, frechet_distance
+from diffusion_lab.metrics.measures.base import REFERENCE, SAMPLES
+from diffusion_lab.metrics.measures.frechet import Frechet
+from diffusion_lab.metrics.protocol import Protocol, Record, Source, describe_seeds
+from diffusion_lab.metrics.quality import judge
+from diffusion_lab.metrics.reference import content_hash
 from diffusion_lab.modules.diffusion import DiffusionModule
 from diffusion_lab.modules.ranks import sum_over_ranks
 from diffusion_lab.samplers.generate import Generation
@@ -42,9 +51,11 @@ class FrechetDuringTraining(StepCallback):
         reference: Which real images to compare with.
         seed: Seed of the first sample.
         batch_size: Samples made at once by a process.
+        file: Where the records go; None writes none.
 
     Attributes:
         values: Distances by images seen.
+        records: The same with their protocol, on the first process.
 
     Raises:
         ValueError: If a count is out of range.
@@ -61,6 +72,7 @@ class FrechetDuringTraining(StepCallback):
         reference: Literal["test", "train"] = "test",
         seed: int = 0,
         batch_size: int = 250,
+        file: str | None = None,
     ) -> None:
         super().__init__()
         check_interval(every_images, "FrechetDuringTraining")
@@ -72,8 +84,10 @@ class FrechetDuringTraining(StepCallback):
         self.generation, self.every_images, self.n = generation, every_images, n
         self.extractor, self.ema, self.reference = extractor, ema, reference
         self.seed, self.batch_size = seed, batch_size
+        self.file = None if file is None else Path(file)
         self.values: dict[int, float] = {}
-        self._real: GaussianStats | None = None
+        self.records: dict[int, Record] = {}
+        self._real: Collected | None = None
 
     @property
     def name(self) -> str:
@@ -114,26 +128,77 @@ class FrechetDuringTraining(StepCallback):
                 fake = self._generated(trainer, module)
                 distance = math.nan
                 if trainer.is_global_zero:
-                    real = self._reference(trainer)
-                    distance = frechet_distance(fake.mean, fake.cov, real.mean, real.cov)
+                    distance = self._judge(module, fake, self._reference(trainer))
             self.values[module.images_seen] = distance
             log_metrics(trainer.loggers, {self.name: distance}, module.images_seen)
         return self.values[module.images_seen]
 
-    def _reference(self, trainer: pl.Trainer) -> GaussianStats:
-        """Statistics of the real images, computed once."""
+    def _judge(self, module: DiffusionModule, fake: Collected, real: Collected) -> float:
+        """Compare, and keep the record."""
+        protocol = Protocol(
+            name=f"training-{self.n}",
+            features=fake.features,
+            features_sha256=fake.features_sha256,
+            resize=fake.resize,
+            quantisation=fake.quantisation,
+            reference=self.reference,
+            n=self.n,
+            averaged=False,
+        )
+        source = Source(
+            seeds=describe_seeds(range(self.seed, self.seed + self.n)),
+            ema=self.ema,
+            sampler=str(self.generation.sampler),
+        )
+        (found,) = judge(
+            {SAMPLES: fake, REFERENCE: real}, measures=[Frechet()], protocol=protocol, source=source
+        )
+        self.records[module.images_seen] = found
+        if self.file is not None:
+            told = {"images_seen": module.images_seen, **found.to_dict(), "conditions": found.conditions}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(told) + "\n")
+        return found.value
+
+    def _reference(self, trainer: pl.Trainer) -> Collected:
+        """The real images as the extractor sees them, computed once."""
         if self._real is None:
             data = trainer.datamodule  # type: ignore[attr-defined]
             images, _ = data.test_images() if self.reference == "test" else data.train_images()
-            self._real = self._stats(as_stored(torch.as_tensor(images)).split(self.batch_size))
+            images = as_stored(torch.as_tensor(images))
+            self._real = collect(
+                pieces_of(images, None, self.batch_size),
+                self.extractor,
+                [Moments()],
+                n=len(images),
+                shape=images.shape[1:],
+                name=self.reference,
+                sha256=content_hash(images),
+                quantised=images.dtype == torch.uint8,
+            )
         return self._real
 
-    def _generated(self, trainer: pl.Trainer, module: DiffusionModule) -> GaussianStats:
-        """Statistics of the samples of all processes."""
+    def _generated(self, trainer: pl.Trainer, module: DiffusionModule) -> Collected:
+        """The samples of all processes as the extractor sees them."""
+        blank = as_stored(torch.zeros(1, *self.generation.shape))
+        # drawn before they are looked at: whatever the extractor is, the network is back in its mode by then
+        pieces = list(self._pieces(trainer, module))
+        mine = collect(
+            pieces,
+            self.extractor,
+            [Moments()],
+            n=self.n,
+            shape=self.generation.shape,
+            quantised=blank.dtype == torch.uint8,
+        )
+        # a process without a share still takes part, on the device that the processes talk through
+        return mine.all_reduce(lambda x: sum_over_ranks(x.to(module.device)).to(x.device))
+
+    def _pieces(self, trainer: pl.Trainer, module: DiffusionModule) -> Iterator[Piece]:
         mine = share(self.n, trainer)
         num_classes = int(getattr(trainer.datamodule, "num_classes", 0) or 0)  # type: ignore[attr-defined]
         denoiser = pick(module, self.ema)
-        batches = []
         with evaluating(denoiser):
             for start in range(0, len(mine), self.batch_size):
                 indices = mine[start : start + self.batch_size]
@@ -144,15 +209,7 @@ class FrechetDuringTraining(StepCallback):
                     cond=conditions(trainer, seeds, labels, module.device),
                     device=module.device,
                 )
-                batches.append(as_stored(samples))
-        # a process without a share still takes part, on the device that the processes talk through
-        return self._stats(batches).all_reduce(lambda x: sum_over_ranks(x.to(module.device)).to(x.device))
-
-    def _stats(self, batches: list[Tensor] | tuple[Tensor, ...]) -> GaussianStats:
-        stats = GaussianStats(dim=self.extractor.dim)
-        for images in batches:
-            stats.update(self.extractor(images))
-        return stats
+                yield torch.tensor(indices), as_stored(samples), None
 
 
 def as_stored(samples: Tensor) -> Tensor:

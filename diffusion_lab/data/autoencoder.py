@@ -2,6 +2,7 @@
 
     images in [-1, 1]  --encode-->  latents, the posterior's mean or a draw  --decode-->  images in [-1, 1]
 
+It is a folder, or a model of the Hugging Face hub: the one in the hub's cache if it is there, else it is downloaded.
 Only safetensors are read, and only a file that holds every weight: nothing is unpickled, and nothing is left as it was
 initialised. The latents are the autoencoder's own, unscaled.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from torch import Tensor
 from diffusion_lab.data.errors import DataError
 
 CLASS = "AutoencoderKL"
+TRIES, WAIT_S, TIMEOUT_S = 3, 2.0, 10.0
+"""How often the hub is asked, with what pauses, and how long each time."""
 
 
 class Autoencoder:
@@ -132,16 +137,18 @@ def load_autoencoder(
         raise DataError(f"autoencoder={name}: no such folder")
     where = {} if subfolder is None else {"subfolder": subfolder}
     try:
-        kind = AutoencoderKL.load_config(name, **where).get("_class_name")
-        if kind != CLASS:
-            raise DataError(f"autoencoder={name}: an {CLASS} is needed, this is a {kind}")
-        module, told = AutoencoderKL.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False, **where
-        )
+        module, told = _local_or_hub(AutoencoderKL, name, where, hub=not folder.is_dir())
     except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"autoencoder={name}: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:
+        # a download that breaks off raises what the library below the hub's has
+        if not type(error).__module__.startswith(("httpx", "requests", "urllib3")):
+            raise
+        raise DataError(
+            f"autoencoder={name}: the download failed ({_why(error)}); the same command tries again"
+        ) from error
     if told["missing_keys"]:
         raise DataError(
             f"autoencoder={name}: its file lacks {len(told['missing_keys'])} of the model's weights"
@@ -149,3 +156,66 @@ def load_autoencoder(
     return Autoencoder(
         module.to(device), name if subfolder is None else f"{name}:{subfolder}", lowered=lowered
     )
+
+
+def _local_or_hub(kind: Any, name: str, where: Mapping[str, str], *, hub: bool) -> tuple[Any, dict[str, Any]]:
+    """Load a folder; or a model of the hub, from its cache where it is there whole, so that no network is needed."""
+    if not hub:
+        return _read(kind, name, where)
+    try:
+        return _read(kind, name, {**where, "local_files_only": True})
+    except OSError:
+        _ask_hub(name)
+    return _read(kind, name, where)
+
+
+def _read(kind: Any, name: str, where: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    found = kind.load_config(name, **where).get("_class_name")
+    if found != CLASS:
+        raise DataError(f"autoencoder={name}: an {CLASS} is needed, this is a {found}")
+    return kind.from_pretrained(
+        name, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False, **where
+    )
+
+
+def _ask_hub(name: str) -> None:
+    """Ask whether the hub has a model: diffusers would take half a minute of retries for a network that is not there.
+
+    Raises:
+        DataError: If it cannot be reached, or has no such model.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    why = ""
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(WAIT_S)
+        try:
+            HfApi().model_info(name, timeout=TIMEOUT_S)
+            return
+        except RepositoryNotFoundError as error:
+            raise DataError(
+                f"autoencoder={name}: the Hugging Face hub shows no such model; "
+                "a private or gated one needs `hf auth login`"
+            ) from error
+        except OfflineModeIsEnabled as error:
+            raise DataError(
+                f"autoencoder={name}: not in the hub's cache, and HF_HUB_OFFLINE is set"
+            ) from error
+        except HfHubHTTPError as error:
+            why = _why(error)
+        except Exception as error:
+            if not isinstance(error, OSError) and not type(error).__module__.startswith(
+                ("httpx", "requests")
+            ):
+                raise
+            why = _why(error)
+    raise DataError(
+        f"autoencoder={name}: not in the hub's cache, and the Hugging Face hub cannot be reached ({why}); "
+        "a folder will do: autoencoder=<folder>"
+    )
+
+
+def _why(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

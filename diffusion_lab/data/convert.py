@@ -17,9 +17,8 @@ import io
 import os
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffusion_lab.data.alone import alone
+from diffusion_lab.data.convert_settings import Settings, difference, training_command
 from diffusion_lab.data.convert_sources import ConvertSource, Sample, SplitSource, open_source
 from diffusion_lab.data.errors import DataError
 from diffusion_lab.data.order import order
@@ -40,37 +41,17 @@ CHUNK = 64
 """Samples made at once."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How shards are made.
-
-    Attributes:
-        per_shard: Samples of a shard.
-        shuffle: Whether samples are put in a random order; that of the seed 0.
-        preparation: How pictures are prepared; None to take them over as they are.
-        workers: Threads; the shards do not depend on them.
-    """
-
-    per_shard: int = 10_000
-    shuffle: bool = True
-    preparation: Preparation | None = None
-    workers: int = 1
-
-    def told(self) -> dict[str, Any]:
-        """Return what the shards depend on."""
-        p = self.preparation
-        prepared = (
-            None if p is None else [p.size, p.channels, None if p.box is None else list(p.box), p.resize]
-        )
-        return {"per_shard": self.per_shard, "shuffle": self.shuffle, "prepared": prepared}
-
-
 def convert(source: ConvertSource, out: Path, settings: Settings) -> dict[str, Any]:
     """Write a source as shards, or go on with that; return the manifest.
 
     Raises:
-        DataError: If `out` holds something else, or a split has no readable sample.
+        DataError: If `out` holds something else, another process writes to it, or a split has no readable sample.
     """
+    with alone(out):
+        return _convert(source, out, settings)
+
+
+def _convert(source: ConvertSource, out: Path, settings: Settings) -> dict[str, Any]:
     manifest = _manifest(source, out, settings)
     for aside in out.glob(".*.tar.part"):
         aside.unlink()
@@ -103,7 +84,6 @@ def _ahead(tell: Callable[[int], None], before: int, done: int) -> None:
 
 def _manifest(source: ConvertSource, out: Path, settings: Settings) -> dict[str, Any]:
     """Return the manifest to go on with, without the shards that are gone or cut, or a new one."""
-    out.mkdir(parents=True, exist_ok=True)
     told = {
         "kind": source.kind,
         "splits": {name: [split.n, split.fingerprint] for name, split in source.splits.items()},
@@ -115,8 +95,9 @@ def _manifest(source: ConvertSource, out: Path, settings: Settings) -> dict[str,
             raise DataError(f"{out} holds {stray.name}, of which no {FILE} tells: choose an empty folder")
         classes = None if source.classes is None else list(source.classes)
         return {"format": FORMAT, "name": source.name, "classes": classes, "source": told, "splits": {}}
-    if found.get("source") != told:
-        raise DataError(f"{out} holds shards of another source or with other settings: choose another folder")
+    other = difference(found.get("source") or {}, told)
+    if other is not None:
+        raise DataError(f"{out} holds shards {other}: choose another folder, or remove this one")
     for split in found["splits"].values():
         good = 0
         for shard in split["shards"]:
@@ -296,9 +277,10 @@ def _run(given: argparse.Namespace) -> int:
             per_shard=given.per_shard,
             shuffle=not given.in_order,
             preparation=preparation,
+            labels=not given.no_labels,
             workers=given.workers,
         )
-        _tell(convert(source, out, settings), out)
+        _tell(source, convert(source, out, settings), out, preparation)
     if given.verify:
         root = out or given.source
         wrong = verify(root)
@@ -310,7 +292,9 @@ def _run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _tell(manifest: dict[str, Any], out: Path) -> None:
+def _tell(
+    source: ConvertSource, manifest: Mapping[str, Any], out: Path, preparation: Preparation | None
+) -> None:
     for name, split in manifest["splits"].items():
         size = sum(shard["bytes"] for shard in split["shards"]) / 1e6
         skipped = [line for shard in split["shards"] for line in shard["skipped"]]
@@ -318,9 +302,8 @@ def _tell(manifest: dict[str, Any], out: Path) -> None:
         print(
             f"{name}  {split['samples']:,} samples in {len(split['shards'])} shards, {size:,.1f} MB{left_out}"
         )
-    classes = manifest["classes"]
-    words = f"dataset=shards dataset.root={out} num_classes={0 if classes is None else len(classes)}"
-    print(f"use it  python train.py {words} shape=[<channels>,<side>,<side>]")
+    command, note = training_command(source, manifest, out, preparation)
+    print(f"use it  {command}{note}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -152,6 +152,9 @@ def _npz(paths: dict[str, Path], name: str) -> ConvertSource:
     jpeg = next(iter(bundles.values())).file is not None
     splits = {split: _bundled(bundle, _hash(_stat(paths[split]))) for split, bundle in bundles.items()}
     classes = next((b.classes for b in bundles.values() if b.classes is not None), None)
+    labels = [b.labels for b in bundles.values() if b.labels is not None]
+    if classes is None and labels and (last := max(int(some.max()) for some in labels)) < 100_000:
+        classes = [str(k) for k in range(last + 1)]
     name = re.sub(r"[-_.]?(train|test|val)$", "", name) or name
     return ConvertSource("npz of JPEG files" if jpeg else "npz of arrays", name, classes, splits)
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffusion_lab.data.alone import alone
 from diffusion_lab.data.autoencoder import Autoencoder
 from diffusion_lab.data.errors import DataError
 from diffusion_lab.data.loader import Source
@@ -66,8 +67,8 @@ class Recipe:
                 raise DataError(f"{name}={getattr(self, name)}: {' or '.join(options)} is meant")
 
 
-class _Batches(Dataset[tuple[Tensor, Tensor | None]]):
-    """Consecutive rows of a source, mirrored from row `n` on."""
+class _Batches(Dataset[tuple[Tensor, Tensor | None, list[str]]]):
+    """Consecutive rows of a source, mirrored from row `n` on; and what the source has replaced among them."""
 
     def __init__(self, source: Source, starts: range, rows: int) -> None:
         self.source, self.starts, self.rows = source, starts, rows
@@ -75,12 +76,13 @@ class _Batches(Dataset[tuple[Tensor, Tensor | None]]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None, list[str]]:
         n, first = len(self.source), self.starts[index]
         rows = np.arange(first, min(first + self.starts.step, self.rows))
         x0, label = self.source.read(rows % n)
         mirrored = torch.from_numpy(rows >= n).view(-1, *[1] * (x0.ndim - 1))
-        return torch.where(mirrored, x0.flip(-1), x0), label
+        skipped = list(getattr(self.source, "skipped", []))
+        return torch.where(mirrored, x0.flip(-1), x0), label, skipped
 
 
 def encode(
@@ -107,16 +109,36 @@ def encode(
 
     Raises:
         DataError: If the examples are no images that the autoencoder takes, a latent is not finite, or the folder holds
-            something else.
+            something else, or is being written by another process.
     """
     if not getattr(data, "pixels", True):
         raise DataError(f"dataset: {data.name} holds latents already")
     autoencoder.check(tuple(data.shape))
     sources = {split: data.source(split) for split in SPLITS}
     settings = _settings(sources, autoencoder, recipe, data)
+    if (out / MANIFEST).is_file():
+        # nothing is left to write: the folder may be one that cannot be written
+        return _begin(out, settings)
+    with alone(out):
+        return _encode_all(
+            data, sources, autoencoder, out, recipe, settings, batch_size=batch_size, facts=facts or {}
+        )
+
+
+def _encode_all(
+    data: Any,
+    sources: Mapping[str, Source],
+    autoencoder: Autoencoder,
+    out: Path,
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    *,
+    batch_size: int,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
     state = _begin(out, settings)
     if (out / MANIFEST).is_file():
-        return json.loads((out / MANIFEST).read_text())
+        return state
     for split in SPLITS:
         if not (out / f"{split}-x0.npy").is_file():
             _encode_split(
@@ -133,7 +155,7 @@ def encode(
     mean, std = moments(x0)
     manifest = {
         **settings,
-        **(facts or {}),
+        **facts,
         "autoencoder": autoencoder.facts,
         "shape": list(x0.shape[1:]),
         "num_classes": int(data.num_classes),
@@ -142,6 +164,8 @@ def encode(
         # x0 = scale (latent - shift) has zero mean and unit variance in each channel
         "shift": [float(f"{value:.6g}") for value in mean],
         "scale": [float(f"{1.0 / value:.6g}") if value > 0.0 else 1.0 for value in std],
+        # what could not be read, by split; the rows hold the examples that stand in for it
+        "skipped": {split: lines for split, lines in state["skipped"].items() if lines},
     }
     _write_json(out / MANIFEST, manifest)
     (out / STATE).unlink(missing_ok=True)
@@ -208,12 +232,11 @@ def _begin(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise DataError(
                 f"out={out}: latents of another {_WORDS.get(other, other)} are there; name another folder, or remove it"
             )
-        return told
+        return {"skipped": {}, **told}
     strange = next(iter(sorted(out.glob("*.npy"))), None)
     if strange is not None:
         raise DataError(f"out={out}: {strange.name} is there, and no {MANIFEST}; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    return {**settings, "done": dict.fromkeys(SPLITS, 0)}
+    return {**settings, "done": dict.fromkeys(SPLITS, 0), "skipped": {}}
 
 
 _WORDS = {"data": "data set", "sha256_of_autoencoder": "autoencoder"}
@@ -248,9 +271,12 @@ def _encode_split(
         for array in (x0, labels):
             if array is not None:
                 array.flush()
-        state["done"][split] = done
+        state["done"][split], state["skipped"][split] = done, list(skipped)
         _write_json(out / STATE, state)
 
+    # in order, each once: a mirrored image is read twice
+    skipped = dict.fromkeys(state["skipped"].get(split, []))
+    note = getattr(source, "note", None)
     batches = DataLoader(
         _Batches(source, range(done, rows, batch_size), rows),
         batch_size=None,
@@ -260,7 +286,9 @@ def _encode_split(
     saved = time.monotonic()
     try:
         with progress(f"encoding {split}", rows, unit="images") as tell:
-            for images, known in batches:
+            for images, known, lines in batches:
+                if lines and note is not None:
+                    note(lines)  # each worker counts only its own towards max_corrupt
                 end = done + len(images)
                 latents = autoencoder.encode(_floats(images), _noise(recipe, split, range(done, end), shape))
                 x0[done:end] = latents.numpy().astype(recipe.dtype)
@@ -271,6 +299,7 @@ def _encode_split(
                 if labels is not None and known is not None:
                     labels[done:end] = known.numpy()
                 done = end
+                skipped.update(dict.fromkeys(lines))
                 tell(done)
                 if time.monotonic() - saved > SAVE_EVERY_S:
                     save()

@@ -11,6 +11,7 @@ import pytest
 
 from diffusion_lab.app import cli
 from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.rules import check_precision
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,6 +97,15 @@ def test_nothing_heavy_is_imported_for_help_composition_and_errors():
         ("optmizer.lr=1", "optmizer.lr=1: no key 'optmizer.lr'; did you mean 'optimizer.lr'?"),
         ("lr=1", "lr=1: no group or key 'lr'; did you mean 'optimizer.lr'?"),
         ("sed=1", "sed=1: no group or key 'sed'; did you mean 'seed'?"),
+        (
+            "trainer.precision=bf17",
+            "trainer.precision=bf17: no such precision; choose one of 32-true, 64-true, bf16-mixed, 16-mixed",
+        ),
+        (
+            "trainer.precision=bf16-true",
+            "trainer.precision=bf16-true: weights and coefficients keep float32 or better; choose one of 32-true, "
+            "64-true, bf16-mixed, 16-mixed",
+        ),
         (
             "experiment=digits/quickstat",
             "experiment=digits/quickstat: no option 'digits/quickstat' in group 'experiment'; "
@@ -212,6 +222,30 @@ def test_jobs_of_a_sweep_are_announced_with_what_varies(app, run_folder, capsys)
     assert "\njob 1 of 1\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_a_warm_up_that_outlasts_the_run_is_refused_before_anything_is_read(app, capsys, decay):
+    words = [f"lr_schedule={decay}", "max_images=1000"]
+    assert cli.main("train", [*words, "lr_schedule.warmup_images=1000"]) == 2
+    assert capsys.readouterr().err == (
+        "error: lr_schedule.warmup_images=1000: the warm-up must be shorter than the run, max_images=1000; "
+        "try lr_schedule.warmup_images=100\n"
+    )
+    assert not app
+    assert cli.main("train", [*words, "lr_schedule.warmup_images=999"]) == 0
+    # without an end there is nothing to reach
+    assert (
+        cli.main("train", ["lr_schedule=constant", "max_images=1000", "lr_schedule.warmup_images=5000"]) == 0
+    )
+    assert len(app) == 2
+
+
+@pytest.mark.parametrize(
+    "word", ["32", "64", "bf16", "16", "32-true", "64-true", "bf16-mixed", "16-mixed", "null"]
+)
+def test_precisions_that_there_are(word):
+    check_precision(None if word == "null" else int(word) if word.isdigit() else word)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -223,6 +257,21 @@ def test_jobs_of_a_sweep_are_announced_with_what_varies(app, run_folder, capsys)
         (["-x"], "error: -x: no such option; see --help"),
         (["--cfg", "jobb"], "invalid choice: 'jobb'"),
         (["seed=1", "--cfg"], "expected one argument"),
+        (
+            ["schedule=cosine,", "sigmoid"],
+            "schedule=cosine, sigmoid: a list has no blanks: schedule=cosine,sigmoid",
+        ),
+        (
+            ["-m", "seed=1", ",2,", "3", "max_images=9"],
+            "error: seed=1 ,2, 3: a list has no blanks: seed=1,2,3\n",
+        ),
+        (["shape=[1,", "8,", "8]"], "error: shape=[1, 8, 8]: a list has no blanks: shape=[1,8,8]\n"),
+        (["seed=1,", "max_images=9"], "error: seed=1,: a value is missing behind the comma\n"),
+        (
+            ["schedule=cosine,sigmoid"],
+            "error: schedule=cosine,sigmoid: several values are a sweep, add --multirun; "
+            "one value that is a list: 'schedule=[cosine,sigmoid]'\n",
+        ),
         (["resume=atuo"], "error: resume=atuo: no such folder; did you mean 'auto'?"),
         (["resume=here/ther/x"], "error: resume=here/ther/x: no such folder; did you mean 'here/there/x'?"),
     ],

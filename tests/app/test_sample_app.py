@@ -1,6 +1,7 @@
 """sample.py: what it writes, and that an image depends on its own index and on nothing else."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -10,6 +11,7 @@ import yaml
 from PIL import Image
 
 from diffusion_lab.app import job, parts
+from diffusion_lab.app.places import workplace
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,26 @@ def test_other_samples_are_never_written_over(whole, trained, tmp_path, capsys):
     sample(whole[0], trained)
     assert "holds these samples already" in capsys.readouterr().out
     assert (whole[0] / "samples.npz").read_bytes() == before
+
+
+def test_nothing_is_written_into_an_export(trained, tmp_path, monkeypatch):
+    """Samples go into the run that it belongs to; of one that was given away, below where the command was given."""
+
+    def listed(folder):
+        return sorted(path.relative_to(folder) for path in folder.rglob("*"))
+
+    away = tmp_path / "models" / "my model"
+    shutil.copytree(trained / "export", away)
+    monkeypatch.chdir(tmp_path)
+    before, inside = listed(away), listed(trained / "export")
+    words = ["num_samples=2", "grid=gits", "grid.steps=2", "grid.fine_steps=6"]
+    assert tiny_runs.main("sample", f"run={away}", *words) == 0
+    assert len(list((tmp_path / "samples" / "my model" / "samples").glob("ema-*/samples.npz"))) == 1
+    assert len(list((tmp_path / "samples" / "my model" / "fitted").iterdir())) == 1
+    assert listed(away) == before
+    assert tiny_runs.main("sample", f"run={trained / 'export'}", "num_samples=2", "seed=77") == 0
+    assert len(list((trained / "samples").glob("ema-*-seed77-*/samples.npz"))) == 1
+    assert listed(trained / "export") == inside and workplace(trained) == trained.resolve()
 
 
 def test_an_export_is_taken_like_a_run(whole, trained, tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,12 @@ from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.report.sweep import Axis, write_up
 from diffusion_lab.app.run import identity
 from diffusion_lab.app.sweep import settings as sweep_settings
+from diffusion_lab.app.sweep.check import COLUMNS, check, varied
 from diffusion_lab.app.sweep.job import Context, claims_of
 from diffusion_lab.app.sweep.journal import (
     Entry,
     Job,
     Journal,
-    claim,
     config_hash,
     find_sweep,
     new_sweep,
@@ -31,8 +32,9 @@ from diffusion_lab.app.sweep.journal import (
     sweep_key,
     trains,
 )
-from diffusion_lab.app.sweep.run import last_wins
-from diffusion_lab.app.sweep.table import Pace, collect
+from diffusion_lab.app.sweep.run import _settings, last_wins, look_ahead
+from diffusion_lab.app.sweep.table import Pace, cells, collect
+from diffusion_lab.claims import claim
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,7 +176,7 @@ def test_what_another_process_trains_is_left_to_it(app, capsys):
     lock = Path("runs/sweeps/.claims") / f"{job.trains}.lock"
     code = f"""
         from pathlib import Path
-        from diffusion_lab.app.sweep.journal import claim
+        from diffusion_lab.claims import claim
         with claim(Path({str(lock)!r})) as held:
             print(held, flush=True)
             input()
@@ -194,6 +196,33 @@ def test_what_another_process_trains_is_left_to_it(app, capsys):
         process.communicate("\n", timeout=30)
     assert cli.main("train", ["-m", "seed=1,2", "resume=auto"]) == 0
     assert app.seeds == [1, 2, 2]
+
+
+def test_a_search_goes_on_after_a_failed_job(app, capsys):
+    app.fail = {2, 3}
+    assert (
+        cli.main("train", ["-m", "sweep=random", "sweep.trials=2", "seed=2,3", "optimizer.lr=interval(1,2)"])
+        == 1
+    )
+    err = capsys.readouterr().err
+    assert err.endswith("2 of 2 jobs failed\n") and "Traceback" not in err
+    assert [row[-1] for row in rows(page().read_text())] == ["failed", "failed"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sweep.objective=fd", "callbacks=[default,frechet]"],
+        ["sweep.objective=fd@500/a/ema", "callbacks=[default,frechet]"],
+        ["sweep.objective=images_per_s"],
+        ["sweep.objective=mine", "+callbacks.mine={_target_:my.Callback}"],
+        ["sweep.objective=mine", "callbacks=default,none"],
+    ],
+)
+def test_objectives_that_may_be_measured_are_not_refused(words):
+    session = cli.Session("train", [cli.conf_folder()], overrides=["seed=1,2", *words])
+    cfg = look_ahead(session)
+    check(session, cfg, _settings(cfg)[1], varied(session, cfg))
 
 
 # ---- the page ------------------------------------------------------------------------------------------------
@@ -244,6 +273,44 @@ def test_the_page_sorts_links_and_needs_nothing_else(written):
     assert "python train.py -m seed=3,1,2" in text
     values = re.findall(r'<tr data-job="4">.*?data-v="4".*?data-v="1".*?data-v="0.01".*?data-v="1.5"', text)
     assert len(values) == 1, "what the script sorts by"
+
+
+def test_a_column_has_one_meaning(written):
+    """Jobs with a distance are compared by it; one that was interrupted before it was measured has a loss only."""
+    _, context = written
+    journal = context.journal
+    for job in journal.plan()[2:5]:
+        entry = journal.read(job.config)
+        distances = {"fd@500/cnn/ema": 40.0 - job.number}
+        journal.write(replace(entry, metrics={**entry.metrics, **distances}, objective=40.0 - job.number))
+    for job in journal.plan()[:2]:
+        entry = journal.read(job.config)
+        journal.write(replace(entry, status="interrupted", metrics={"loss": 0.001}, objective=0.001))
+    found = collect(context, "minimize")
+    assert found.objective == "fd@500/cnn/ema" and found.columns[0] == "loss"
+    assert [row.objective for row in found.rows] == [35.0, 36.0, 37.0, None, None, None]
+    assert [cells(found, row)[1] for row in found.rows[3:5]] == ["0.001000"] * 2
+    # two losses against one distance: still the distance
+    for job in journal.plan()[3:5]:
+        journal.write(replace(journal.read(job.config), metrics={"loss": 1.0}, objective=1.0))
+    assert collect(context, "minimize").objective == "fd@500/cnn/ema"
+
+
+def test_the_columns_that_callbacks_write_are_known():
+    """Every name given to `log_metrics` in the callbacks, but those made of settings, is in the table of the check."""
+    texts = {path.stem: path.read_text() for path in (ROOT / "diffusion_lab" / "callbacks").glob("*.py")}
+    for path in (ROOT / "conf" / "callbacks").glob("*.yaml"):
+        for name in re.findall(r"_target_: \S*\.(\w+)", path.read_text()):
+            assert name in COLUMNS, f"{path.name}: say in app/sweep/check.py what {name} logs"
+            (text,) = [text for text in texts.values() if f"class {name}(" in text]
+            found = {*re.findall(r'metrics(?:\["|: .*= |\s*= )\{?"?(\w+)"', text)}
+            found |= {
+                word
+                for line in re.findall(r"metrics = \{(.*)\}", text)
+                for word in re.findall(r'"(\w+)":', line)
+            }
+            found |= {*re.findall(r'log_metrics\([^{\n]*\{"(\w+)"', text)}
+            assert found == {*COLUMNS[name]} - {"fd"}, name
 
 
 def test_the_other_end_may_be_the_good_one(written):
@@ -331,7 +398,7 @@ def test_what_tells_jobs_apart():
 
 def test_a_claim_is_held_once_and_ends_with_its_process(tmp_path):
     code = (
-        "from pathlib import Path; from diffusion_lab.app.sweep.journal import claim\n"
+        "from pathlib import Path; from diffusion_lab.claims import claim\n"
         f"with claim(Path({str(tmp_path / 'x')!r})) as held: print(held)"
     )
 
@@ -399,6 +466,13 @@ def test_time_left_counts_the_jobs_beside_each_other():
         (["-m", "seed=1,2", "resume=."], "resume=.: the jobs of a sweep are several runs; resume=auto"),
         (["-m", "paths.runs=a,b"], "paths.runs: must be the same for all jobs"),
         (["-m", "optimizer.lr=interval(1,2)"], "sweep=optuna"),
+        (["-m", "sweep=optuna"], "this sweep draws values, but nothing varies; say what: 'optimizer.lr=tag(log"),
+        (["-m", "sweep=random", "seed=3"], "this sweep draws values, but nothing varies"),
+        (["-m", "sweep=optuna", "seed=1,2", "callbacks=none"], "neither training_log nor frechet"),
+        (["-m", "seed=1,2", "sweep.objective=los"], "sweep.objective=los: no job measures that; did you mean 'loss'?"),
+        (["-m", "seed=1,2", "sweep.objective=zz"], "there are: gradient_norm, images_per_s, images_seen"),
+        (["-m", "seed=1,2", "sweep.objective=fd"], "no job measures it; add callbacks=[default,frechet]"),
+        (["-m", "seed=1,2", "launcher=submitit"], "launcher=submitit: there is no SLURM on this machine (no sbatch"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(app, capsys, arguments, expected):

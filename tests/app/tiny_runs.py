@@ -85,6 +85,22 @@ def start(script, *arguments, **options):
     )  # fmt: skip
 
 
+def holding(path):
+    """Start a process that holds a file as `diffusion_lab.claims` does; whoever calls this ends it."""
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on here')\n"
+        "f.flush(); print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", code, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
 def images_in(folder):
     """Images behind the newest checkpoint of a run; 0 before the first."""
     names = sorted(path.stem for path in (folder / "checkpoints").glob("images-*.ckpt"))

@@ -1,5 +1,6 @@
 """Pictures and distances during training: what is made, on which seeds, and that training does not notice."""
 
+import json
 import math
 
 import pytest
@@ -43,8 +44,9 @@ def test_grid_and_trajectories_are_drawn_and_training_does_not_notice(tmp_path):
 
 def test_the_distance_is_that_of_the_fixed_seeds(tmp_path):
     frechet = FrechetDuringTraining(
-        generation=generation(), every_images=10**6, n=23, extractor=Flat(), ema="raw", seed=100, batch_size=7
-    )
+        generation=generation(), every_images=10**6, n=23, extractor=Flat(), ema="raw", seed=100, batch_size=7,
+        file=str(tmp_path / "frechet.jsonl"),
+    )  # fmt: skip
     module, _ = fit(tmp_path, 4 * BATCH, extra=[frechet])
     module.denoiser.eval()
     with torch.no_grad():
@@ -58,6 +60,14 @@ def test_the_distance_is_that_of_the_fixed_seeds(tmp_path):
     expected = frechet_distance(fake.mean(0), fake.T.cov(), real.mean(0), real.T.cov())
     assert frechet.values[32] == pytest.approx(expected, rel=1e-6)
     assert frechet.name == "fd@23/flat/raw"
+    (line,) = (tmp_path / "frechet.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert (
+        told["images_seen"] == 32 and told["value"] == frechet.values[32] and told["label"] == "FD@23 (flat)"
+    )
+    assert "seeds 100..122, weights raw, sampler DDIM" in told["conditions"] and told["reference_n"] == len(
+        real
+    )
 
 
 def test_the_live_module_stays_in_training_mode(tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import holding, train
 
+from diffusion_lab import claims
 from diffusion_lab.data import CIFAR10, CIFAR10JPEG, DataError, ImageFolder, Shards, convert
 from diffusion_lab.data.archives import CIFAR_CLASSES, read_cifar, read_npz
 from diffusion_lab.data.convert_sources import open_source
@@ -393,12 +396,98 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, words, message):
     assert message in text and text.count("\n") == 1
 
 
-def test_another_source_is_not_mixed_in(folder, tmp_path, capsys):
-    assert run(folder, tmp_path / "out", "--per-shard", 8) == 0
-    assert run(folder, tmp_path / "out", "--per-shard", 9) == 2
-    (folder / "cat" / "00.png").unlink()
-    assert run(folder, tmp_path / "out", "--per-shard", 8) == 2
-    assert "another source or with other settings" in capsys.readouterr().err
+def test_another_source_is_not_mixed_in_and_the_line_says_what_differs(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(folder, out, "--per-shard", 8) == 0
+    grey = ["--per-shard", 8, "--size", 8, "--grey"]
+    (folder / "cat" / "00.png").rename(tmp_path / "kept.png")
+    for words, expected in (
+        ([], "of another source: its train split had 30 samples, this one has 29"),
+        (["--per-shard", 9], "made with --per-shard 8, and not with --per-shard 9"),
+        (["--per-shard", 8, "--in-order"], "made in random order, and not with --in-order"),
+        (["--per-shard", 8, "--no-labels"], "made with labels, and not with --no-labels"),
+        (grey, "made of pictures as they are, and not with --size 8 --resize adm --grey"),
+    ):
+        capsys.readouterr()
+        assert run(folder, out, *words) == 2
+        assert (
+            capsys.readouterr().err
+            == f"error: {out} holds shards {expected}: choose another folder, or remove this one\n"
+        )
+        if not words:
+            (tmp_path / "kept.png").rename(folder / "cat" / "00.png")
+    (folder / "cat" / "00.png").rename(folder / "cat" / "other.png")
+    assert run(folder, out, "--per-shard", 8) == 2
+    assert "the files of its train split had other names or sizes" in capsys.readouterr().err
+    np.savez(tmp_path / "a.npz", images=colour(3, 8))
+    assert run(tmp_path / "a.npz", out, "--per-shard", 8) == 2
+    assert "folder of pictures and not npz of arrays" in capsys.readouterr().err
+
+
+def test_two_conversions_into_one_folder_are_refused_until_the_first_is_gone(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    other = holding(out / ".lock")
+    try:
+        assert run(folder, out) == 2
+        assert capsys.readouterr().err == (
+            f"error: {out} is being written by process 7 on here: wait until that has ended, or stop it\n"
+        )
+        assert [p.name for p in out.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.communicate(timeout=30)
+    # the file that it left behind blocks nobody, and goes
+    assert run(folder, out) == 0 and not (out / ".lock").exists()
+
+
+def test_a_claim_on_a_file_that_its_holder_removed_is_none(tmp_path, monkeypatch):
+    """Between opening and locking the holder may end, and remove the file: whoever comes next would lock a new one."""
+    path, locked = tmp_path / ".lock", claims._locked
+
+    def slow(handle):
+        if not removed:
+            removed.append(path.unlink())
+        return locked(handle)
+
+    removed = []
+    monkeypatch.setattr(claims, "_locked", slow)
+    with claims.claim(path, remove=True) as held:
+        assert held and removed and path.exists()
+    assert not path.exists()
+
+
+def closing(text):
+    """The command that `convert` prints, as a shell would part it."""
+    line = next(line for line in text.splitlines() if line.startswith("use it"))
+    words = shlex.split(line.removeprefix("use it  ").partition("    (")[0])
+    assert words[:3] == ["python", "train.py", "dataset=shards"]
+    return words[2:]
+
+
+def test_the_command_at_the_end_trains(folder, tmp_path, capsys):
+    out = tmp_path / "my shards, 2025"
+    assert run(folder, out, "--size", 8, "--grey") == 0
+    words = closing(capsys.readouterr().out)
+    assert words[1:] == [f"dataset.root='{out}'", "shape=[1,8,8]", "num_classes=2", "model=unet_tiny"]
+    ran = train(tmp_path / "runs", *words, "dataset.num_workers=0", max_images=32)
+    assert (ran / "record.json").is_file()
+
+
+def test_the_command_at_the_end_tells_the_shape(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "a") == 0
+    assert closing(capsys.readouterr().out)[2:] == ["shape=[3,12,12]", "num_classes=2", "model=uvit_tiny"]
+    np.savez(tmp_path / "grey.npz", data=colour(6, 8)[..., 0], labels=np.arange(6) % 3)
+    assert run(tmp_path / "grey.npz", tmp_path / "b") == 0
+    assert closing(capsys.readouterr().out)[2:] == ["shape=[1,8,8]", "num_classes=3", "model=unet_tiny"]
+    Image.fromarray(colour(1, 40)[0][:21]).save(folder / "cat" / "00.png")
+    (folder / "cat" / "01.png").write_bytes(b"none")
+    assert run(folder, tmp_path / "c", "--no-labels") == 0
+    text = capsys.readouterr().out
+    assert closing(text)[2:] == ["shape=[3,8,8]", "num_classes=0", "model=unet_tiny"]
+    assert "any other side too" in text
+    assert run(folder, tmp_path / "d", "--size", 30) == 0
+    assert closing(capsys.readouterr().out)[2:] == ["shape=[3,28,28]", "num_classes=2", "model=unet_mnist"]
 
 
 def test_a_manifest_that_lies_is_one_line(folder, tmp_path):

@@ -11,8 +11,9 @@ import diffusion_lab  # noqa: F401  (first: it cures torchvision)
 
 # isort: split
 
-from tiny_runs import images_of, main, train
+from tiny_runs import holding, images_of, main, train
 
+from diffusion_lab.app import latents as latents_app
 from diffusion_lab.app.latents import decode_command, encode_command
 from diffusion_lab.app.parts import to_array
 from diffusion_lab.data import autoencoder as loading
@@ -137,6 +138,79 @@ def test_interrupted_and_resumed_is_the_same_bitwise(tiny, tmp_path, latent, mon
         assert not np.allclose(arrays(again)["test-x0.npy"], theirs["test-x0.npy"], atol=1e-3)
 
 
+class Spoilt(Digits):
+    """Digits of which two cannot be read: the next one stands in for them, as in shards."""
+
+    BAD = (30, 1001)
+
+    def source(self, split):
+        source = super().source(split)
+        read = source.read
+
+        def replaced(indices):
+            bad = [k for k in indices if split == "train" and k in self.BAD]
+            source.skipped = [f"train-000000.tar: '{k}': broken" for k in bad]
+            return read(np.array([k + 1 if k in bad else k for k in indices]))
+
+        source.read = replaced
+        self.noted = {**getattr(self, "noted", {}), split: []}
+        source.note = self.noted[split].extend
+        return source
+
+
+def test_what_cannot_be_read_is_counted_and_named(tiny, tmp_path, monkeypatch, capsys):
+    data, out, calls, through = Spoilt(batch_size=16, seed=0), tmp_path / "out", [0], tiny.encode
+
+    def stops(images, noise=None):
+        calls[0] += 1
+        if calls[0] == 5:
+            raise KeyboardInterrupt
+        return through(images, noise)
+
+    monkeypatch.setattr(tiny, "encode", stops)
+    with pytest.raises(KeyboardInterrupt):
+        encode(data, tiny, out, Recipe(mirror=True), batch_size=300)
+    assert json.loads((out / encoding.STATE).read_text())["skipped"] == {
+        "train": ["train-000000.tar: '30': broken"]
+    }
+    manifest = encode(data, tiny, out, Recipe(mirror=True), batch_size=300)
+    lines = [f"train-000000.tar: '{k}': broken" for k in data.BAD]
+    assert (
+        manifest["skipped"] == {"train": lines} == json.loads((out / "latents.json").read_text())["skipped"]
+    )
+    x0 = np.load(out / "train-x0.npy")
+    assert np.allclose(x0[30], x0[31], atol=1e-2) and not np.allclose(x0[30], x0[32], atol=1e-2)
+    latents_app._show(manifest, out)
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "unreadable 2 of train; in their rows the next readable ones come twice: train-000000.tar: '30'"
+        in text
+    )
+    assert latents_app.unreadable({"train": ["a"] * 9}).endswith("a; a; a; ... (all in latents.json)")
+
+
+def test_what_workers_met_is_added_up_here(tiny, tmp_path, monkeypatch):
+    """Each worker counts only its own towards `max_corrupt`."""
+    data = Spoilt(batch_size=16, seed=0)
+    encode(data, tiny, tmp_path, Recipe(), batch_size=500)
+    assert data.noted == {"train": [f"train-000000.tar: '{k}': broken" for k in data.BAD], "test": []}
+
+
+def test_two_jobs_in_one_folder_are_refused(tiny, tmp_path, encoded):
+    (tmp_path / "out").mkdir()
+    other = holding(tmp_path / "out" / ".lock")
+    try:
+        with pytest.raises(DataError, match=r"out is being written by process 7 on here: wait"):
+            encode(digits(), tiny, tmp_path / "out", Recipe())
+    finally:
+        other.kill()
+        other.communicate(timeout=30)
+    # what is finished is only read: no claim on a folder that may not be one's own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "alone", lambda out: pytest.fail("claimed"))
+        assert encode(digits(), tiny, encoded[0], Recipe()) == encoded[1]
+
+
 def test_other_settings_and_other_files_are_refused(tiny, encoded, tmp_path, folder):
     out, manifest = encoded
     assert encode(digits(), tiny, out, Recipe()) == manifest
@@ -189,6 +263,66 @@ def test_what_is_no_autoencoder_is_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(DataError, match=r"needs diffusers: pip install 'diffusion_lab\[latents\]'$"):
         load(str(folder))
+
+
+def test_the_hub_is_asked_three_times_and_then_one_line_says_so(folder, monkeypatch):
+    import importlib
+
+    import huggingface_hub
+    import huggingface_hub.errors as errors
+
+    try:
+        http = importlib.import_module("httpx2")
+    except ModuleNotFoundError:
+        http = importlib.import_module("httpx")
+    asked, loads, answer = [], [], http.ConnectError("[Errno -2] Name or service not known\nand more")
+
+    def model_info(self, name, timeout):
+        asked.append(timeout)
+        if isinstance(answer, Exception):
+            raise answer
+
+    def load_config(name, **where):
+        loads.append(where)
+        if where.get("local_files_only"):
+            raise OSError("not in the cache")
+        return {"_class_name": "AutoencoderKL"}
+
+    def from_pretrained(name, **where):
+        raise http.ReadError("connection reset")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", load_config)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loading, "WAIT_S", 0.0)
+
+    def line():
+        with pytest.raises(DataError) as caught:
+            loading.load_autoencoder("some/vae", subfolder="vae")
+        return str(caught.value)
+
+    assert line() == (
+        "autoencoder=some/vae: not in the hub's cache, and the Hugging Face hub cannot be reached "
+        "([Errno -2] Name or service not known); a folder will do: autoencoder=<folder>"
+    )
+    assert asked == [10.0] * 3 and loads == [{"subfolder": "vae", "local_files_only": True}]
+    missing = http.Response(404, request=http.Request("GET", "https://huggingface.co"))
+    answer = errors.RepositoryNotFoundError("404", response=missing)
+    assert "the Hugging Face hub shows no such model" in line() and len(asked) == 4
+    answer = errors.OfflineModeIsEnabled("offline")
+    assert "HF_HUB_OFFLINE is set" in line() and len(asked) == 5
+    answer = None
+    assert (
+        "the download failed (connection reset); the same command tries again" in line() and len(asked) == 6
+    )
+    # what is in the cache is taken from there, and a folder is none of the hub's business
+    monkeypatch.undo()
+    module, told = diffusers.AutoencoderKL.from_pretrained(folder, output_loading_info=True)
+    monkeypatch.setattr(loading, "_read", lambda kind, name, where: loads.append(where) or (module, told))
+    monkeypatch.setattr(loading, "_ask_hub", lambda name: pytest.fail("asked"))
+    loading.load_autoencoder("some/vae")
+    loading.load_autoencoder(str(folder))
+    assert loads[-2:] == [{"local_files_only": True}, {}]
 
 
 def test_images_to_latents_to_a_run_to_samples_to_images(folder, tmp_path, capsys):

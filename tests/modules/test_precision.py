@@ -16,6 +16,7 @@ from diffusion_lab.app.errors import UserError
 from diffusion_lab.callbacks import GradientNorm
 from diffusion_lab.callbacks.base import StepCallback
 from diffusion_lab.denoisers.network import NetworkDenoiser
+from diffusion_lab.ema import sigma_rel_to_gamma
 from diffusion_lab.modules import NonFiniteLoss
 from diffusion_lab.modules.checkpoint_io import load_checkpoint
 from diffusion_lab.rng import StepRNG
@@ -118,6 +119,22 @@ def test_a_step_that_overflows_changes_no_weight_and_no_average_but_the_clock_go
     assert {int(slot["step"]) for slot in trainer.optimizers[0].state.values()} == {7}
     logged = (tmp_path / "metrics.csv").read_text()
     assert "inf" not in logged and "nan" not in logged
+
+
+@pytest.mark.parametrize("left_out", [1, 3])
+def test_first_steps_that_overflow_leave_the_power_average_right(tmp_path, left_out):
+    """The scaler starts high, so first steps are often left out. The clock has gone on by the first update, whose decay
+    is then not 0. That is right: until then the live weights stood still where the average stands."""
+    bad, spy = {n * BATCH for n in range(left_out)}, Last()
+    fit(tmp_path, 10 * BATCH, module=bump(make_module(), bad, math.inf), extra=[spy], precision="16-mixed")
+    assert spy.updated == [n >= left_out for n in range(10)]
+    power = sigma_rel_to_gamma(0.1) + 1
+    expected = make_module().denoiser.network.layers[0].weight.detach().double()
+    for k, live in enumerate(spy.weights, 1):
+        # the profile over all that the clock has counted, (1 - b / n)^(gamma + 1), steps left out included
+        expected = torch.lerp(live.double(), expected, (1 - 1 / k) ** power)
+        torch.testing.assert_close(spy.averages[k - 1].double(), expected, rtol=1e-5, atol=1e-8)
+    assert not torch.equal(spy.averages[-1], spy.weights[-1])
 
 
 def test_the_same_run_resumed_behind_such_a_step_is_bitwise_the_same(tmp_path):

@@ -150,7 +150,7 @@ def make_callbacks(folder, max_images, every=40, log_every=24):
 class Flat:
     """Features: the pixels."""
 
-    name, dim, sha256 = "flat", 16, "0" * 64
+    name, dim, sha256, resize = "flat", 16, "0" * 64, "none"
 
     def __call__(self, images):
         assert images.dtype == torch.uint8

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from diffusion_lab.app.cli import failure_line
 from diffusion_lab.app.composed import check_config, complete_config, job_overrides
 from diffusion_lab.app.run import RunFolder
-from diffusion_lab.app.sweep.journal import CLAIMS, Entry, Job, Journal, claim, find_run, owner, short
+from diffusion_lab.app.sweep.journal import CLAIMS, Entry, Job, Journal, find_run, short
+from diffusion_lab.claims import claim, owner
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -125,7 +126,7 @@ def claims_of(context: Context, job: Job) -> list[Path]:
 
 @contextmanager
 def claimed(context: Context, job: Job, wait_s: float = 0.0) -> Iterator[bool]:
-    """Hold a job for this process, if no other one does; yields whether it is held. See `journal.claim`."""
+    """Hold a job for this process, if no other one does; yields whether it is held. See `claims.claim`."""
     with ExitStack() as held:
         yield all(held.enter_context(claim(path, wait_s)) for path in claims_of(context, job))
 

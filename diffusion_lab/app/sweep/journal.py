@@ -10,25 +10,20 @@
 The key is a hash of the command line, so the same command finds its sweep again. A job is known by its *config*: a hash
 of what it trains, how long, and of the values that the sweep varies (a sampler is no part of training, but a sweep over
 samplers has a job for each). Two jobs with the same config are one.
-
-A claim is a POSIX record lock: it belongs to the process and ends with it, however that ends.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from diffusion_lab.app.run import NOT_IDENTITY, RunFolder, digest, identity, list_runs
+from diffusion_lab.claims import claim
 from diffusion_lab.files import write_atomically
 
 SWEEPS = "sweeps"
@@ -172,47 +167,6 @@ def short(value: str) -> str:
     if len(value) <= 8 or not re.fullmatch(r"-?\d*\.?\d+(e[-+]?\d+)?", value):
         return value
     return f"{float(value):.4g}" if "." in value or "e" in value else value
-
-
-# ---- claims ----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def claim(path: Path, wait_s: float = 0.0) -> Iterator[bool]:
-    """Hold a file for this process, if no other one does; yields whether it is held.
-
-    Never ask for what this very process holds already: a record lock is the process's, and ends with the first handle
-    that is closed.
-
-    Args:
-        path: The file.
-        wait_s: How long to wait for it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + wait_s
-    with path.open("a+") as file:
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() >= end:
-                    yield False
-                    return
-                time.sleep(0.1)
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        yield True
-
-
-def owner(path: Path) -> str:
-    """Return who holds, or held last, a claim."""
-    try:
-        return path.read_text().strip() or "another process"
-    except OSError:
-        return "another process"
 
 
 # ---- what a job is -----------------------------------------------------------------------------------------

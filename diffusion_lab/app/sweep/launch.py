@@ -11,6 +11,7 @@ process died twice count as failed.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -69,7 +70,7 @@ class Watched(Launcher):
         """Do nothing: the launcher inside is set up already."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run a batch of jobs and return their values, NaN for those without one."""
+        """Run a batch of jobs and return their values, None for those without one."""
         setup_globals()
         context = self.context
         jobs = self._planned(job_overrides)
@@ -338,5 +339,6 @@ def adopted(context: Context, job: Job, config: dict[str, Any]) -> Entry | None:
 
 def _returned(job: Job, value: float) -> JobReturn:
     found = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
-    found.return_value = value
+    # Hydra's search takes what is no number for a failed trial; at NaN its call of Optuna ends the sweep
+    found.return_value = None if math.isnan(value) else value
     return found

@@ -22,17 +22,10 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.sweep.check import check, varied
 from diffusion_lab.app.sweep.job import Context
-from diffusion_lab.app.sweep.journal import (
-    CLAIMS,
-    SWEEPS,
-    Journal,
-    claim,
-    find_sweep,
-    new_sweep,
-    owner,
-    sweep_key,
-)
+from diffusion_lab.app.sweep.journal import CLAIMS, SWEEPS, Journal, find_sweep, new_sweep, sweep_key
+from diffusion_lab.claims import claim, owner
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -61,7 +54,8 @@ def run(session: Session, argv: Sequence[str], hydra: Callable[[Session], None])
     session.overrides = last_wins(session.overrides)
     cfg = look_ahead(session)
     launcher, settings = _settings(cfg)
-    _check(session, cfg)
+    varies = varied(session, cfg)
+    check(session, cfg, settings, varies)
     runs, auto = Path(cfg.paths.runs), cfg.resume == "auto"
     key = sweep_key(session.app, session.overrides)
     with claim(runs / SWEEPS / CLAIMS / f"sweep-{key}.lock", wait_s=60.0):
@@ -73,7 +67,7 @@ def run(session: Session, argv: Sequence[str], hydra: Callable[[Session], None])
         # a sweep that takes up runs must not train what another one is training
         claims=(runs / SWEEPS / CLAIMS).absolute() if auto else None,
         auto=auto,
-        varied=_varied(session, cfg),
+        varied=varies,
         objective=settings.objective,
         seeks=not str(cfg.hydra.sweeper._target_).endswith("BasicSweeper"),
         here=here,
@@ -159,30 +153,6 @@ def _settings(cfg: DictConfig) -> tuple[Any, Any]:
     for group in ("launcher", "sweep"):
         check_node(cfg[group], group)
     return tuple(instantiate(cfg[group], _convert_="all") for group in ("launcher", "sweep"))  # type: ignore[return-value]
-
-
-def _check(session: Session, cfg: DictConfig) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    if cfg.resume not in (None, "auto"):
-        raise UserError(
-            f"resume={cfg.resume}: the jobs of a sweep are several runs; resume=auto finds each one's"
-        )
-    for item in OverridesParser.create().parse_overrides(session.overrides):
-        if item.is_interval_sweep() and str(cfg.hydra.sweeper._target_).endswith("BasicSweeper"):
-            raise UserError(f"{item.input_line}: sweep=optuna or sweep=random draws from an interval")
-    for key in _varied(session, cfg):
-        if key == "paths.runs" or key == "resume":
-            raise UserError(f"{key}: must be the same for all jobs of a sweep")
-
-
-def _varied(session: Session, cfg: DictConfig) -> list[str]:
-    """Return the keys that vary from job to job."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    own = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.get("params") or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*own, *session.overrides])
-    return list(dict.fromkeys(item.get_key_element() for item in parsed if item.is_sweep_override()))
 
 
 def _open(journal: Journal, session: Session, settings: Any) -> None:

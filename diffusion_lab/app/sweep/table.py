@@ -116,15 +116,13 @@ def _has_value(row: Row) -> bool:
 def collect(context: Context, direction: str) -> Found:
     """Bring together what all jobs of a sweep came to, those of earlier calls included."""
     journal = context.journal
+    plan = [(job, journal.read(job.config)) for job in journal.plan()]
+    objective = _objective([entry for _, entry in plan if entry is not None], context.objective)
     first: dict[str, int] = {}
-    rows, names = [], list[str]()
-    for job in journal.plan():
-        entry = journal.read(job.config)
-        rows.append(_row(context, job, entry, first.get(job.config)))
+    rows = []
+    for job, entry in plan:
+        rows.append(_row(context, job, entry, first.get(job.config), objective))
         first.setdefault(job.config, job.number)
-        if entry is not None and (name := name_of(entry.metrics, context.objective)) is not None:
-            names.append(name)
-    objective = max(set(names), key=names.count) if names else None
     there = {name for row in rows for name in row.metrics}
     columns = [*sorted(name for name in there if name.startswith("fd@")), *(n for n in SHOWN if n in there)]
     told = journal.told()
@@ -145,7 +143,15 @@ def collect(context: Context, direction: str) -> Found:
     )
 
 
-def _row(context: Context, job: Job, entry: Entry | None, same_as: int | None) -> Row:
+def _objective(entries: Sequence[Entry], wanted: str | None) -> str | None:
+    """Return the one column that all jobs are compared by; None if none has it."""
+    names = [name for entry in entries if (name := name_of(entry.metrics, wanted)) is not None]
+    # a job that was ended early has a loss only, where the others have a distance: no column mixes the two
+    names = [name for name in names if name.startswith("fd@")] or names
+    return max(dict.fromkeys(names), key=names.count) if names else None
+
+
+def _row(context: Context, job: Job, entry: Entry | None, same_as: int | None, objective: str | None) -> Row:
     status = entry.status if entry is not None else "not started"
     reason = entry.reason if entry is not None else None
     if (entry is None or not entry.done) and any(path.exists() for path in claims_of(context, job)):
@@ -161,7 +167,7 @@ def _row(context: Context, job: Job, entry: Entry | None, same_as: int | None) -
         varied=job.varied,
         status=status,
         same_as=same_as,
-        objective=entry.objective if entry is not None else None,
+        objective=entry.metrics.get(objective) if entry is not None and objective is not None else None,
         metrics=entry.metrics if entry is not None else {},
         seconds=entry.seconds if entry is not None else None,
         run=run,
