@@ -36,7 +36,7 @@ from diffusion_lab.guidance import AutoGuidance, ClassifierFree, DynamicThreshol
 from diffusion_lab.images import to_float, to_uint8
 from diffusion_lab.measurements import Inpaint
 from diffusion_lab.metrics.frechet import frechet_from_stats
-from diffusion_lab.metrics.precision_recall import precision_recall
+from diffusion_lab.metrics.neighbours import precision_recall
 from diffusion_lab.metrics.stats import gaussian_stats
 from diffusion_lab.posterior import ReconstructionGuidance, Replacement
 from diffusion_lab.samplers import Generation

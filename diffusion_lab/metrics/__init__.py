@@ -16,12 +16,16 @@ from diffusion_lab.metrics.features import (
     Pixels,
 )
 from diffusion_lab.metrics.frechet import frechet_distance, frechet_from_stats
+from diffusion_lab.metrics.neighbours import precision_recall
 from diffusion_lab.metrics.protocol import FID50K, Protocol, Record, Source, describe_seeds, standard_protocol
 from diffusion_lab.metrics.quality import Real, evaluate_images, judge
 from diffusion_lab.metrics.reference import collect_kept
 from diffusion_lab.metrics.stats import GaussianStats, gaussian_stats
+from diffusion_lab.metrics.vision_transformers import CLIP, DINOv2
 
 __all__ = [
+    "CLIP",
+    "DINOv2",
     "FID50K",
     "MNISTCNN",
     "Classifier",
@@ -44,5 +48,6 @@ __all__ = [
     "frechet_from_stats",
     "gaussian_stats",
     "judge",
+    "precision_recall",
     "standard_protocol",
 ]

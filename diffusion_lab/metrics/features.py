@@ -13,6 +13,7 @@ meant.
 | `UpsampledDigitsCNN` | the same, of larger digits averaged back to 8x8 | in the package |
 | `MNISTCNN` | 64 of a classifier of MNIST | in the package |
 | `Inception` (`metrics/inception.py`) | 2048 of the Inception network of the FID | a file |
+| `DINOv2`, `CLIP` (`metrics/vision_transformers.py`) | 1024, 768 of the transformers of FD-DINOv2 and CMMD | a folder |
 
 An extractor may have more outputs than its features, from the same pass: `logits`, the scores of classes, and
 `spatial`, features that still know where they are. `extract` asks for them by name. A `Classifier` is one whose classes

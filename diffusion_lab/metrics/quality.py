@@ -113,6 +113,7 @@ def judge(
                 reference=compared.name,
                 reference_sha256=compared.sha256,
                 reference_n=compared.n,
+                own_reference=bool(reading.against),
                 source=source if source is not None else Source(),
             )
         )

@@ -198,6 +198,19 @@ def test_statistics_refuse_what_they_cannot_be():
     assert stats.n == 1
 
 
+def test_statistics_leave_what_they_were_given():
+    x = torch.randn(20, 4, generator=rng(5), dtype=torch.float64)
+    state = gaussian_stats(x).state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    loaded, made = GaussianStats(), GaussianStats.of(state["mean"], state["scatter"])
+    loaded.load_state_dict(state)
+    merged = gaussian_stats(x)
+    merged.merge(loaded)
+    for stats in (loaded, made, merged):
+        stats.update(x + 3)
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+
+
 def test_statistics_survive_their_state_dict():
     stats = gaussian_stats(torch.randn(9, 3, generator=rng(16)))
     other = GaussianStats()
