@@ -27,8 +27,8 @@ from diffusion_lab.app.signatures import TargetNotFound, resolve
 OURS = tuple(
     f"diffusion_lab.{package}."
     for package in (
-        "callbacks", "data", "denoisers", "ema", "guidance", "loggers", "losses", "measurements", "metrics", "modules",
-        "networks", "posterior", "process", "rewards", "samplers",
+        "callbacks", "data", "denoisers", "ema", "guidance", "likelihood", "loggers", "losses", "measurements",
+        "metrics", "modules", "networks", "posterior", "process", "rewards", "samplers",
     )
 )  # fmt: skip
 # functions only where building blocks are functions

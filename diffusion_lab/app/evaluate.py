@@ -11,7 +11,6 @@ it was measured under (see `metrics/protocol.py`). Written are metrics.json and,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
-from diffusion_lab.app import record
+from diffusion_lab.app import record, scores
 from diffusion_lab.app.build import load_denoiser, plain
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.display import show, shown
@@ -34,7 +33,6 @@ from diffusion_lab.app.places import workplace
 from diffusion_lab.app.run import RunFolder
 from diffusion_lab.app.sample import default_out, draw, find_done
 from diffusion_lab.data.stored_images import Held, Mapped, open_images, some
-from diffusion_lab.files import write_atomically
 from diffusion_lab.images import visible
 from diffusion_lab.metrics.protocol import ALL_LABELS, UNKNOWN, Record, Source
 
@@ -93,7 +91,7 @@ def run(cfg: DictConfig) -> Scored | list[dict[str, Any]]:
         on_hindrance=lambda name, reason: print(f"{name} is not measured: {reason}"),
     )
     out = _out(config, folder)
-    told = _write(records, config, out, trained, samples.where)
+    told = _written(records, config, out, trained, samples.where)
     show(table([told]))
     for line, about in _by_protocol(records):
         print(f"{about}: not by the protocol {line}")
@@ -211,7 +209,7 @@ def _labels(told: Mapping[str, Any]) -> str:
     return ALL_LABELS if labels is None or set(labels) == set(range(count)) else str(labels)
 
 
-def _write(
+def _written(
     records: Sequence[Record],
     config: Mapping[str, Any],
     out: Path,
@@ -219,55 +217,19 @@ def _write(
     where: Path,
 ) -> dict[str, Any]:
     """Append this evaluation to metrics.json, in place of an equal earlier one."""
-    file = out if out.suffix == ".json" else out / "metrics.json"
     told = record.read(where / "record.json") if where.is_dir() else {}
-    evaluation = {
-        "created": record.now(),
-        "run": str(where) if trained is None else f"{trained.get('name')}/{trained.get('run_id')}",
-        "images_seen": (told.get("weights") or {}).get("images_seen"),
-        "samples": str(where),
-        "command": record.command("evaluate", config.get("overrides") or []),
-        "records": [
+    images_seen = (told.get("weights") or {}).get("images_seen")
+    evaluation = scores.evaluation(
+        run=str(where) if trained is None else f"{trained.get('name')}/{trained.get('run_id')}",
+        images_seen=images_seen,
+        samples=str(where),
+        config=config,
+        records=[
             {**item.to_dict(), "shown": item.shown(), "conditions": item.conditions} for item in records
         ],
-        "versions": record.versions(),
-        "git": record.git_state(),
-    }
-    earlier = record.read_evaluations(file)
-    key = _what(evaluation)
-    kept = [item for item in earlier if _what(item) != key]
-    everything = [*kept, evaluation]
-    write_atomically(file, json.dumps({"evaluations": everything}, indent=2, default=str) + "\n")
-    write_atomically(file.with_suffix(".md"), markdown(everything))
+    )
+    file = scores.append(out, evaluation)
     return {**evaluation, "file": str(file)}
-
-
-def _what(evaluation: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What was measured, on what: an evaluation made again replaces its predecessor."""
-    measured = [(item.get("label"), item.get("conditions")) for item in evaluation.get("records", [])]
-    return evaluation.get("images_seen"), evaluation.get("samples"), str(measured)
-
-
-def markdown(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """Return all numbers as a Markdown table, a row a number, with the line that says how each was measured."""
-    lines = [
-        "| run | measure | value | weights | sampler | NFE | how |",
-        "| --- | --- | ---: | --- | --- | ---: | --- |",
-    ]
-    for evaluation in evaluations:
-        for item in evaluation["records"]:
-            source = item.get("source") or {}
-            cells = [
-                evaluation["run"],
-                item["label"],
-                item["shown"],
-                source.get("ema", "–"),
-                str(source.get("sampler", "–")).removesuffix("()"),
-                "?" if source.get("nfe") is None else source["nfe"],
-                item["conditions"],
-            ]
-            lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def table(evaluations: Sequence[Mapping[str, Any]]) -> Table:

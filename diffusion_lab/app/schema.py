@@ -75,7 +75,7 @@ class Train:
 class Sampling:
     """Keys that `conf/sample.yaml` and `conf/evaluate.yaml` share."""
 
-    run: str
+    run: str | None
     out: str | None
     batch_size: int = field(metadata=_at_least(1))
     seed: int = field(metadata=_at_least(0))
@@ -112,7 +112,12 @@ class Evaluate(Sampling):
 
     num_samples: int | None = field(metadata=_at_least(1))
     samples: str | None
+    reference: str | None
+    skip_corrupt: bool
+    num_images: int | None = field(metadata=_at_least(1))
     metrics: Any
+    measures: Any
+    protocol: Any
 
 
 SCHEMAS: dict[str, type] = {"train": Train, "sample": Sample, "evaluate": Evaluate}

@@ -110,8 +110,12 @@ def _metrics(folder: RunFolder) -> str:
     if not evaluations:
         return ""
     # a trial with few samples must not take the place of a score that may be quoted
-    quotable = [item for item in evaluations if not any(map(_deviations, item["records"]))]
-    cards = "".join(_number(item) for item in (quotable or evaluations)[-1]["records"])
+    # of samples and of the likelihood, the newest of each
+    cards = ""
+    for judged in (True, False):
+        kind = [item for item in evaluations if (item.get("samples") is not None) == judged]
+        quotable = [item for item in kind if not any(map(_deviations, item["records"]))]
+        cards += "".join(_number(item) for newest in (quotable or kind)[-1:] for item in newest["records"])
     lines = "".join(_protocol_line(evaluation) for evaluation in reversed(evaluations))
     return page.section(
         "Scores",
