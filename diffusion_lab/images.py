@@ -51,3 +51,15 @@ def to_float(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8:
         raise TypeError(f"to_float takes uint8, not {images.dtype}")
     return images.float() / 127.5 - 1.0
+
+
+def spread(length: int, n: int) -> Tensor:
+    """Return `n` of the indices 0 to `length` - 1, one at random in each of `n` equal parts; all if there are no more.
+
+    At even distances they would be in step with samples whose classes come in turn, and leave classes out. Always the
+    same ones.
+    """
+    n = min(n, length)
+    edges = torch.arange(n + 1, dtype=torch.int64) * length // max(n, 1)
+    place = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return edges[:-1] + (place * edges.diff()).long()

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from diffusion_lab.app import record
@@ -48,6 +50,7 @@ def finish(session: Session) -> None:
     """
     sheet = collect(session.app, session.typed, session.outcomes)
     if sheet is None:
+        _numbers(session.outcomes)
         return
     from diffusion_lab.app.report.comparison import write_up
     from diffusion_lab.app.report.comparison_text import table
@@ -65,6 +68,22 @@ def finish(session: Session) -> None:
     for number, line in enumerate(sheet.footnotes, 1):
         print(f"({number}) {line}")
     print(f"comparison  {path}")
+
+
+def _numbers(outcomes: Sequence[Outcome]) -> None:
+    """Print what the jobs of a sweep came to that judged models and drew nothing: a line a job."""
+    told = [outcome for outcome in outcomes if isinstance(outcome.returned, list)]
+    if len(told) < 2:
+        return
+    varied = differing([outcome.overrides for outcome in told])
+    keys = list(dict.fromkeys(key for values in varied for key in values))
+    out = Table(box=None, pad_edge=False, header_style="dim")
+    for name in [*keys, "measure", "value"]:
+        out.add_column(Text(name))
+    for outcome, values in zip(told, varied, strict=True):
+        for item in outcome.returned:
+            out.add_row(*(Text(str(text)) for text in [*values.values(), item["label"], item["shown"]]))
+    show(out)
 
 
 def collect(app: str, typed: Sequence[str], outcomes: Sequence[Outcome]) -> Sheet | None:
@@ -90,23 +109,25 @@ def collect(app: str, typed: Sequence[str], outcomes: Sequence[Outcome]) -> Shee
             ticker.update(len(rows))
     finally:
         ticker.close()
-    runs = list(dict.fromkeys(_run(outcome.config) for outcome in good))
+    runs = list(dict.fromkeys(run for outcome in good if (run := _run(outcome.config)) is not None))
     return Sheet(
         app=app,
         command=record.command(app, typed),
         runs=runs,
-        names=[_name(run) for run in runs],
+        names=[_name(run) for run in runs] or ["sets of images"],
         keys=list(dict.fromkeys(key for values in varied for key in values)),
         groups=grouped(rows),
         failures=[(of[id(outcome)], line) for outcome, line in bad],
-        real=_real(runs[0], judges),
+        real=_real(runs[0], judges) if runs else None,
         device=_device([row.told for row in rows]),
     )
 
 
 def _row(outcome: Outcome, varied: dict[str, str], judges: dict[Path, Yardstick | str]) -> Row:
     scored = outcome.returned if isinstance(outcome.returned, Scored) else None
-    samples = read_samples(scored.where if scored is not None else outcome.returned, latents=True)
+    where = scored.where if scored is not None else outcome.returned
+    skip = bool(outcome.config.get("skip_corrupt", False))
+    samples = read_samples(where, latents=True, skip_corrupt=skip)
     told = record.read(samples.where / "record.json") if samples.where.is_dir() else {}
     records: list[Record] = []
     why: dict[str, str] = {}
@@ -141,6 +162,7 @@ def _row(outcome: Outcome, varied: dict[str, str], judges: dict[Path, Yardstick 
 def _score(samples: Samples, config: DictConfig, judges: dict[Path, Yardstick | str]) -> list[Record]:
     """Score as `evaluate.py` does; data and extractor of a run are read once, and so is what hinders that."""
     run = _run(config)
+    assert run is not None, "samples of sample.py are those of a run"
     if run not in judges:
         try:
             trained = read_run(run)
@@ -159,8 +181,9 @@ def _line(error: Exception) -> str:
     return translate(error, [], [], list) or one_line(f"{type(error).__name__}: {error}")
 
 
-def _run(config: DictConfig) -> Path:
-    return Path(config.run).resolve()
+def _run(config: DictConfig) -> Path | None:
+    """Return the run that a job was about; None for two sets against each other."""
+    return None if config.run is None else Path(config.run).resolve()
 
 
 def _name(run: Path) -> str:

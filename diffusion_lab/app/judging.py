@@ -23,12 +23,12 @@ from diffusion_lab.app.measuring import Eye, Place, look
 from diffusion_lab.data.stored_images import ImageSet, said, some, split_of
 from diffusion_lab.images import QUANTISATION
 from diffusion_lab.metrics.collect import UNQUANTISED, Collected, spread
-from diffusion_lab.metrics.features import FeatureExtractor
+from diffusion_lab.metrics.features import FeatureExtractor, offered
 from diffusion_lab.metrics.inception import NAME as INCEPTION
-from diffusion_lab.metrics.measures.base import REAL, REFERENCE, SAMPLES, TRAIN, Measure, hindrance
+from diffusion_lab.metrics.measures.base import HELD_OUT, REAL, REFERENCE, SAMPLES, TRAIN, Measure, hindrance
 from diffusion_lab.metrics.protocol import Protocol, Record, Source, standard_protocol
 from diffusion_lab.metrics.quality import USUAL, judge
-from diffusion_lab.metrics.statistics_file import holds_statistics, read_statistics
+from diffusion_lab.metrics.statistics_file import holds_images, holds_statistics, read_statistics
 
 CACHE = "statistics"
 SPLITS = ("test", "train")
@@ -65,6 +65,7 @@ class Yardstick:
         eye: Extractor and measures.
         reference: What samples are compared with: real images, or their statistics.
         there: The real images that there are, by their part in the comparison, with where they are.
+        beside: Some real images that lie beside statistics, for the measures that want images; None without.
         protocol: The conditions to fulfil; None for the standard one.
         run: The run whose data these are; None without one.
     """
@@ -72,6 +73,7 @@ class Yardstick:
     eye: Eye
     reference: ImageSet | Collected
     there: Mapping[str, tuple[ImageSet, Place]]
+    beside: tuple[ImageSet, Place] | None
     protocol: Protocol | None
     run: Path | None
 
@@ -164,15 +166,26 @@ def yardstick(
         except ValueError as error:
             raise UserError(str(error)) from error
     else:
-        place = Place(path=str(Path(reference)), skip_corrupt=skip_corrupt, name=Path(reference).name)
+        # by its path: a folder called train is not the train split
+        place = Place(path=str(Path(reference)), skip_corrupt=skip_corrupt, name=f"{Path(reference)}")
         compared = place.open(on_skip)
+    beside = None
+    if isinstance(compared, Collected) and holds_images(Path(reference)):
+        beside = Place(path=str(Path(reference)), name=compared.name)
     parts: dict[str, tuple[ImageSet, Place]] = {}
     if not isinstance(compared, Collected):
         parts[REFERENCE] = compared, place
     if trained is not None:
         parts[REAL] = there["test" if reference == "train" else "train"]
-        parts[TRAIN] = there["train"]
-    return Yardstick(eye=eye, reference=compared, there=parts, protocol=asked, run=run)
+        parts[TRAIN], parts[HELD_OUT] = there["train"], there["test"]
+    return Yardstick(
+        eye=eye,
+        reference=compared,
+        there=parts,
+        beside=None if beside is None else (beside.open(), beside),
+        protocol=asked,
+        run=run,
+    )
 
 
 def score(
@@ -211,7 +224,7 @@ def score(
         )
     sets: dict[str, Any] = {SAMPLES: (images, samples.place), **yard.there}
     if isinstance(yard.reference, Collected):
-        sets[REFERENCE] = yard.reference
+        sets[REFERENCE] = _with_images(yard, devices)
     if REAL in sets:
         other, place = sets[REAL]
         rows = spread(len(other), len(images))
@@ -235,14 +248,37 @@ def score(
             for part, one in sets.items()
             if part in (SAMPLES, REFERENCE) or _used(applicable, part)
         }
+        lossy = getattr(images, "quantisation", "")
+        if lossy:
+            found[SAMPLES] = replace(found[SAMPLES], quantisation=lossy)
         return judge(
             found,
             measures=applicable,
             protocol=yard.protocol or yard.standard(len(images)),
             source=samples.source,
+            on_hindrance=on_hindrance,
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"these samples cannot be scored: {error}") from error
+
+
+def _with_images(yard: Yardstick, devices: int) -> Collected:
+    """Return the statistics of a reference, with what measures want of the images that lie beside them."""
+    assert isinstance(yard.reference, Collected)
+    if yard.beside is None:
+        return yard.reference
+    can = offered(yard.eye.extractor)
+    lacking = [
+        measure
+        for measure in yard.eye.measures
+        for what in measure.must.get(REFERENCE, ())
+        if what not in yard.reference.kept and set(what.wants) <= set(can)
+    ]
+    if not lacking:
+        return yard.reference
+    eye = replace(yard.eye, measures=lacking)
+    seen = look(*yard.beside, REFERENCE, eye, cache=cache_folder(), keep=True, devices=devices)
+    return replace(yard.reference, shape=seen.shape, kept={**seen.kept, **yard.reference.kept})
 
 
 def _used(measures: Sequence[Measure], part: str) -> bool:

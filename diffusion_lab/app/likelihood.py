@@ -43,7 +43,8 @@ from diffusion_lab.process.schedules import LearnedCurve, Schedule
 FOLDER = "likelihood"
 # what is about samples, and of which a likelihood has none
 NO_PART = (
-    "sampler", "grid", "guidance", "modifiers", "generation", "samples", "num_samples", "labels", "compile", "devices"
+    "sampler", "grid", "guidance", "modifiers", "generation", "samples", "num_samples", "labels", "compile", "devices",
+    "reference", "measures", "protocol", "skip_corrupt",
 )  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def _schedule(config: Mapping[str, Any], folder: Path, loaded: Loaded) -> Schedu
         schedule: Schedule = instantiate(config["schedule"], "schedule")
     if not isinstance(schedule, nn.Module) or _typed_schedule(config):
         return schedule
-    state = _learnt(folder)
+    state = _learnt(folder, loaded.images_seen)
     if state:
         schedule.load_state_dict(state)
     elif isinstance(schedule, LearnedCurve):
@@ -146,20 +147,31 @@ def _schedule(config: Mapping[str, Any], folder: Path, loaded: Loaded) -> Schedu
     return schedule
 
 
-def _learnt(folder: Path) -> dict[str, Tensor]:
-    """Return the state of the schedule in the loss of a run's newest checkpoint; empty without one."""
+def _learnt(folder: Path, images_seen: int) -> dict[str, Tensor]:
+    """Return the state of the schedule in the loss of a run's newest checkpoint; empty without one.
+
+    Raises:
+        UserError: If that checkpoint is of another moment than the weights.
+    """
     from diffusion_lab.app.resume import newest_checkpoint
     from diffusion_lab.modules.checkpoint_io import load_checkpoint
 
     if not (folder / "checkpoints").is_dir():
         return {}
-    state = load_checkpoint(newest_checkpoint(folder))["state_dict"]
+    checkpoint = load_checkpoint(newest_checkpoint(folder))
+    state = checkpoint["state_dict"]
     mark = ".schedule."
-    return {
+    found = {
         key.partition(mark)[2]: value
         for key, value in state.items()
         if key.startswith("loss.") and mark in key
     }
+    if found and int(checkpoint["images_seen"]) != images_seen:
+        raise UserError(
+            f"what the schedule learnt is known at {int(checkpoint['images_seen']):,} images, these weights are of "
+            f"{images_seen:,}: name weights of that moment, or a schedule: schedule=linear_logsnr"
+        )
+    return found
 
 
 def _settings(
@@ -228,7 +240,8 @@ def _record(
         "seed": int(config["seed"]),
     }
     words = (
-        f"{unit} of {n} of {total} test images ({images.sha256[:8]}), weights {loaded.ema} {loaded.sha256[:8]} at "
+        f"{unit} of {n} of {total} test images{', drawn at random' if n < total else ''} ({images.sha256[:8]}), "
+        f"weights {loaded.ema} {loaded.sha256[:8]} at "
         f"{loaded.images_seen:,} images, {meter.facts['measure']}, {meter.facts['ends']} ({protocol['schedule']}), "
         f"{meter.facts['estimate']}, "
         + (f"dequantisation {protocol['dequantisation']}, " if "dequantisation" in protocol else "")

@@ -145,9 +145,11 @@ def measured_rows(meter: Meter, denoiser: Any, images: Images, n: int, job: Job)
     if done and wanted:
         print(f"{min(n, len(done) * block):,} of {n:,} images are measured already", flush=True)
 
+    order = shuffled(total)
+
     def of_block(start: int) -> np.ndarray:
         # the last block of the set is filled up from its beginning
-        indices = [index % total for index in range(start, start + block)]
+        indices = [order[index % total] for index in range(start, start + block)]
         seeds = [derive_seed(TAG, job.seed, index) % 2**32 for index in range(start, start + block)]
         x0 = images.floats(indices, job.device, job.dtype)
         rows = meter(denoiser, x0, images.cond(indices, job.labels, job.device), seeds)
@@ -177,6 +179,15 @@ def measured_rows(meter: Meter, denoiser: Any, images: Images, n: int, job: Job)
     return torch.from_numpy(np.concatenate([done[k] for k in range(-(-n // block))])[:n])
 
 
+def shuffled(total: int) -> list[int]:
+    """Return the order in which images are measured, always the same one.
+
+    The first n of it are a random sample of the set, which the first n of a set sorted by class are not.
+    """
+    found: list[int] = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
+    return found
+
+
 def finished(parts: Path, block: int, columns: int) -> dict[int, np.ndarray]:
     """Return the blocks on the disk, whole ones."""
     found = {}
@@ -200,11 +211,12 @@ def _save(path: Path, rows: np.ndarray) -> None:
 
 def keep_images(where: Path, meter: Meter, rows: Tensor, images: Images, n: int) -> None:
     """Write what is known of every image to one file."""
-    labels = np.full(n, -1) if images.labels is None else images.labels[:n].numpy()
+    index = np.asarray(shuffled(len(images.x0))[:n])
+    labels = np.full(n, -1) if images.labels is None else images.labels.numpy()[index]
     aside = where / ".images.npz.tmp"
     with aside.open("wb") as file:
         np.savez_compressed(
-            file, index=np.arange(n), label=labels, value=meter.total(rows).numpy(), rows=rows.numpy(),
+            file, index=index, label=labels, value=meter.total(rows).numpy(), rows=rows.numpy(),
             columns=np.asarray(meter.columns),
         )  # fmt: skip
     aside.replace(where / "images.npz")

@@ -31,7 +31,7 @@ from diffusion_lab.metrics.collect import Collected, Moments, Piece, collect, pi
 from diffusion_lab.metrics.features import FeatureExtractor
 from diffusion_lab.metrics.measures.base import REFERENCE, SAMPLES
 from diffusion_lab.metrics.measures.frechet import Frechet
-from diffusion_lab.metrics.protocol import Protocol, Record, Source, describe_seeds
+from diffusion_lab.metrics.protocol import ALL_LABELS, UNKNOWN, Protocol, Record, Source, describe_seeds
 from diffusion_lab.metrics.quality import judge
 from diffusion_lab.metrics.reference import content_hash
 from diffusion_lab.modules.diffusion import DiffusionModule
@@ -88,6 +88,7 @@ class FrechetDuringTraining(StepCallback):
         self.values: dict[int, float] = {}
         self.records: dict[int, Record] = {}
         self._real: Collected | None = None
+        self._labelled = False
 
     @property
     def name(self) -> str:
@@ -149,6 +150,8 @@ class FrechetDuringTraining(StepCallback):
             seeds=describe_seeds(range(self.seed, self.seed + self.n)),
             ema=self.ema,
             sampler=str(self.generation.sampler),
+            grid=f"{len(self.generation.grid) - 1} steps",
+            labels=ALL_LABELS if self._labelled else UNKNOWN,
         )
         (found,) = judge(
             {SAMPLES: fake, REFERENCE: real}, measures=[Frechet()], protocol=protocol, source=source
@@ -198,6 +201,7 @@ class FrechetDuringTraining(StepCallback):
     def _pieces(self, trainer: pl.Trainer, module: DiffusionModule) -> Iterator[Piece]:
         mine = share(self.n, trainer)
         num_classes = int(getattr(trainer.datamodule, "num_classes", 0) or 0)  # type: ignore[attr-defined]
+        self._labelled = num_classes > 0
         denoiser = pick(module, self.ema)
         with evaluating(denoiser):
             for start in range(0, len(mine), self.batch_size):

@@ -6,8 +6,8 @@ Nothing here holds a whole set. An uncompressed array in an .npz is mapped into 
 read at first, so that a picture of another size or another kind than its neighbours is named before anything is
 computed. Pictures are taken as they are: whoever compares images must not resize them on the way.
 
-The identity of a set is a hash: of all bytes where the set is in memory, else of the number of images and of as many as
-`SAMPLED`, spread evenly.
+The identity of a set is a hash of all its bytes; of a data set that is read from the disk, of the number of images and
+of `SAMPLED` of them, spread over it: to read all would take as long as to look at them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from torch import Tensor
 from diffusion_lab.data.errors import DataError
 from diffusion_lab.data.loader import InMemory, Source
 from diffusion_lab.data.pictures import BROKEN, FORMATS, SUFFIXES, channels_first, eight_bits, reason
+from diffusion_lab.images import spread
 
+LOSSLESS = {".png", ".bmp"}
 SAMPLED = 4096
+AT_ONCE = 1024
 GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -112,13 +115,23 @@ class Mapped:
     def __init__(self, array: np.ndarray, labels: Tensor | None, name: str) -> None:
         self.array, self.labels, self.name = array, labels, name
         if array.ndim == 4 and array.dtype != np.uint8:
-            raise DataError(f"{name}: images must be uint8, these are {array.dtype}")
+            raise DataError(
+                f"{name}: images must be uint8, these are {array.dtype}; of floats in [0, 1] they are "
+                "(x * 255).round().astype(np.uint8), of [-1, 1] ((x + 1) * 127.5).round().astype(np.uint8)"
+            )
+        if array.ndim == 3:
+            raise DataError(
+                f"{name}: images (N, H, W, C) are needed, there are {array.shape}; of grey ones (N, H, W) save "
+                "images[..., None]"
+            )
         if array.ndim not in (2, 4):
             raise DataError(f"{name}: images (N, H, W, C) are needed, there are {array.shape}")
         if array.ndim == 4 and array.shape[3] not in (1, 3):
             raise DataError(f"{name}: images have 1 or 3 channels in the last place, these are {array.shape}")
         if labels is not None and len(labels) != len(array):
             raise DataError(f"{name}: {len(array)} images have {len(labels)} labels")
+        if labels is not None and labels.ndim != 1:
+            raise DataError(f"{name}: labels are one number an image, these are {tuple(labels.shape)}")
 
     def __len__(self) -> int:
         return len(self.array)
@@ -136,7 +149,9 @@ class Mapped:
 
     def read(self, rows: Tensor) -> Tensor:
         """See `ImageSet`."""
-        part = torch.from_numpy(np.array(self.array[rows.numpy()]))
+        found = self.array[rows.numpy()]
+        # in this machine's order of bytes
+        part = torch.from_numpy(np.array(found, dtype=found.dtype.newbyteorder("=")))
         if part.ndim != 4:
             return part
         # a grey image counts as contiguous with channels last too, and a network's last bits depend on the strides
@@ -150,6 +165,9 @@ class PictureFiles:
         root: The folder.
         skip_corrupt: Leave out pictures that cannot be read; each is decoded once more for that.
         on_skip: Called with the line that names a picture left out.
+
+    Attributes:
+        quantisation: What is to be said of the pixels, where a format is lossy; else "".
 
     Raises:
         DataError: If there are none, one cannot be read, or they differ.
@@ -171,6 +189,8 @@ class PictureFiles:
         )
         if not found:
             raise DataError(f"{root}: no pictures there ({', '.join(sorted(SUFFIXES))})")
+        lossy = sorted({path.suffix.lower() for path in found} - LOSSLESS)
+        self.quantisation = f"uint8, lossy ({', '.join(lossy)})" if lossy else ""
         self.paths: list[Path] = []
         kinds: dict[tuple[int, ...], Path] = {}
         for path in found:
@@ -327,6 +347,12 @@ def open_images(
     file = path / "samples.npz" if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"{path}: no such file or folder")
+    if file.suffix.lower() in SUFFIXES:
+        raise DataError(f"{path}: a single picture; name its folder")
+    with file.open("rb") as opened:
+        # NumPy would take anything else for a pickle, and advise to allow that
+        if not opened.read(6).startswith((b"PK", b"\x93NUMPY")):
+            raise DataError(f"{file}: an .npz with an array `images` is needed, or a folder of pictures")
     try:
         if file.suffix == ".npy":
             return Mapped(np.load(file, mmap_mode="r", allow_pickle=False), None, str(file))
@@ -336,33 +362,31 @@ def open_images(
             if images is None:
                 raise DataError(f"{file}: an array `images` is needed, there are {', '.join(keys) or 'none'}")
             of_labels = next((key for key in ("labels", "arr_1") if key in keys), None)
-            labels = (
-                None
-                if of_labels is None
-                else torch.from_numpy(np.asarray(stored[of_labels]).astype(np.int64))
-            )
+            labels = None if of_labels is None else _labels(stored[of_labels], file)
         mapped = _member(file, f"{images}.npy")
         if mapped is None:
             with np.load(file, allow_pickle=False) as stored:
                 mapped = stored[images]
     except DataError:
         raise
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{file}: an .npz with an array `images` is needed: {reason(error)}") from error
     return Mapped(mapped, labels, str(path))
 
 
 def identity(images: ImageSet) -> str:
     """Return the SHA-256 of a set, see the top of this file."""
-    if isinstance(images, Held):
-        from_all, rows = True, torch.arange(len(images))
-    else:
-        from_all = len(images) <= SAMPLED
-        rows = torch.arange(min(len(images), SAMPLED)) * len(images) // max(1, min(len(images), SAMPLED))
+    n, base = len(images), images.images if isinstance(images, Some) else images
+    whole = n <= SAMPLED or not isinstance(base, Split)
+    rows = torch.arange(n) if whole else spread(n, SAMPLED)
     first = images.read(rows[:1])
-    n = len(images)
-    digest = hashlib.sha256(f"{first.dtype} {(n, *images.shape)}".encode() + (b"" if from_all else b" some"))
-    for part in rows.split(1024):
+    digest = hashlib.sha256(f"{first.dtype} {(n, *images.shape)}".encode() + (b"" if whole else b" some"))
+    if isinstance(images, PictureFiles):
+        # the files as they are: to decode all of them twice would double the time of a pass
+        for path in images.paths:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+    for part in rows.split(AT_ONCE):
         digest.update(images.read(part).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -372,6 +396,13 @@ def said(shape: Sequence[int]) -> str:
     if len(shape) != 3:
         return f"points of {' x '.join(map(str, shape))} numbers"
     return f"{'grey' if shape[0] == 1 else 'RGB'} {shape[2]}x{shape[1]}"
+
+
+def _labels(labels: np.ndarray, file: Path) -> Tensor:
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{file}: labels must be integers, these are {labels.dtype}")
+    found = torch.from_numpy(labels.astype(np.int64))
+    return found[:, 0] if found.ndim == 2 and found.shape[1] == 1 else found
 
 
 def _header(path: Path) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusion_lab.images import QUANTISATION
+from diffusion_lab.images import QUANTISATION, spread
 from diffusion_lab.metrics.features import FEATURES, FeatureExtractor, extract
 from diffusion_lab.metrics.stats import GaussianStats, Reduce
 
@@ -346,9 +346,3 @@ def pieces_of(images: Tensor, labels: Tensor | None, batch_size: int) -> Iterabl
             part,
             None if labels is None else labels[start : start + batch_size],
         )
-
-
-def spread(length: int, n: int) -> Tensor:
-    """Return indices of `n` of `length` items at even distances (all of them where there are not so many)."""
-    n = min(n, length)
-    return torch.arange(n, dtype=torch.int64) * length // max(n, 1)

@@ -68,7 +68,7 @@ class Inception(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(
                 f"no Inception weights at {path}: get {FILE_NAME} (95.7 MB, SHA-256 {SHA256_PREFIX}...) from {URL} "
-                "and name it as weights_path"
+                "and name it: metrics.weights_path=<file>"
             )
         content = path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -136,10 +136,10 @@ class Inception(nn.Module):
         x = net.Mixed_6a(net.Mixed_5d(net.Mixed_5c(net.Mixed_5b(x))))
         x = net.Mixed_6c(net.Mixed_6b(x))
         if set(outputs) == {"spatial"}:
-            return {"spatial": net.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS].flatten(1)}
+            return {"spatial": spatial(net.Mixed_6d.branch1x1(x))}
         x = net.Mixed_6d(x)
         if "spatial" in outputs:
-            found["spatial"] = x[:, :SPATIAL_CHANNELS].flatten(1)
+            found["spatial"] = spatial(x)
         x = net.Mixed_7c(net.Mixed_7b(net.Mixed_7a(net.Mixed_6e(x))))
         features = net.AvgPool(x).flatten(1)
         if "logits" in outputs:
@@ -147,3 +147,8 @@ class Inception(nn.Module):
         if "features" in outputs:
             found["features"] = features
         return found
+
+
+def spatial(maps: Tensor) -> Tensor:
+    """Return the first channels of maps `(N, C, H, W)` as `(N, H W 7)`, in the order of published statistics: NHWC."""
+    return maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)

@@ -29,6 +29,8 @@ RAW = "raw"
 UNKNOWN = "unknown"
 ALL_LABELS = "all in turn"
 LARGEST_N = 10_000
+REFERENCES = ("train", "test")
+"""Splits of a data set, which a protocol may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,7 @@ class Record:
         reference_n: Their number.
         own_reference: Whether the metric itself says what it is compared with, as copies are sought in the training
             set; then the protocol's reference is not asked for.
+        of_n: Number of samples in the set, where the metric looks at fewer; 0 for `n`.
         source: Where the judged images came from.
     """
 
@@ -164,15 +167,23 @@ class Record:
     reference_sha256: str
     reference_n: int
     own_reference: bool = False
+    of_n: int = 0
     source: Source = Source()
+
+    @property
+    def sample_n(self) -> int:
+        """Number of samples in the set; some measures look at fewer of them."""
+        return self.of_n or self.n
 
     @property
     def deviations(self) -> tuple[str, ...]:
         """What was done otherwise than the protocol asks, in words; empty if the value may be quoted."""
         asked, found = self.protocol, []
-        if self.n < asked.n:
-            found.append(f"n {self.n} instead of {asked.n}")
-        for what in ("features", "resize", "quantisation", *(() if self.own_reference else ("reference",))):
+        if self.sample_n < asked.n:
+            found.append(f"n {self.sample_n} instead of {asked.n}")
+        # a reference that is pinned by its hash may be called anything
+        named = () if self.own_reference or asked.reference_sha256 else ("reference",)
+        for what in ("features", "resize", "quantisation", *named):
             if getattr(asked, what) not in ("", getattr(self, what)):
                 found.append(f"{what} {getattr(self, what)} instead of {getattr(asked, what)}")
         if not self.features_sha256.startswith(asked.features_sha256):
@@ -183,16 +194,18 @@ class Record:
             )
         if asked.averaged and self.source.ema == RAW:
             found.append("raw weights instead of averaged")
-        elif asked.ema and self.source.ema not in (asked.ema, UNKNOWN):
+        elif asked.ema and self.source.ema != asked.ema:
             found.append(f"weights {self.source.ema} instead of {asked.ema}")
-        if asked.seeds and self.source.seeds not in (asked.seeds, UNKNOWN):
+        if asked.seeds and self.source.seeds != asked.seeds:
             found.append(f"seeds {self.source.seeds} instead of {asked.seeds}")
         for what in ("sampler", "guidance"):
             done, wanted = getattr(self.source, what), getattr(asked, what)
-            if done != UNKNOWN and not done.startswith(wanted):
+            if not done.startswith(wanted):
                 found.append(f"{what} {done} instead of {wanted}")
-        if asked.nfe is not None and self.source.nfe not in (asked.nfe, None):
-            found.append(f"NFE {self.source.nfe} instead of {asked.nfe}")
+        if asked.nfe not in (None, self.source.nfe):
+            found.append(
+                f"NFE {'unknown' if self.source.nfe is None else self.source.nfe} instead of {asked.nfe}"
+            )
         if self.source.labels not in (UNKNOWN, ALL_LABELS):
             found.append(f"labels {self.source.labels} instead of all")
         return tuple(found)
@@ -203,7 +216,10 @@ class Record:
         if not is_published(self.features, self.features_sha256):
             return f"{self.short}@{self.n} ({self.features})"
         name = self.published or self.short
-        return name if not self.deviations and self.n >= FID50K.n else f"{name}@{self.n}"
+        # the distance falls with n, so more is another number too; and a handful of real images is no reference
+        usual = self.n == FID50K.n and (self.reference_n >= LARGEST_N or self.reference_n == 0)
+        known = self.protocol.reference in REFERENCES or self.protocol.reference_sha256
+        return name if usual and known and not self.deviations else f"{name}@{self.n}"
 
     @property
     def conditions(self) -> str:

@@ -23,11 +23,13 @@ from diffusion_lab.metrics.collect import UNQUANTISED, Collected, spread
 from diffusion_lab.metrics.features import FeatureExtractor
 from diffusion_lab.metrics.measures.accuracy import Accuracy
 from diffusion_lab.metrics.measures.base import (
+    HELD_OUT,
     REAL,
     REFERENCE,
     SAMPLES,
     TRAIN,
     Measure,
+    Reading,
     Sets,
     hindrance,
     wanted_of,
@@ -61,6 +63,7 @@ def judge(
     measures: Sequence[Measure] = USUAL,
     protocol: Protocol | None = None,
     source: Source | None = None,
+    on_hindrance: Callable[[str, str], None] | None = None,
 ) -> list[Record]:
     """Measure samples that were collected, with all that the measures need.
 
@@ -69,6 +72,7 @@ def judge(
         measures: What to measure.
         protocol: Conditions to fulfil; None takes `standard_protocol`, with n the number of real images.
         source: Where the samples came from.
+        on_hindrance: Called with name and reason of a measure that cannot be taken; None raises.
 
     Returns:
         A record for every reading, in the order of the measures.
@@ -91,8 +95,17 @@ def judge(
             train_n=sets[REAL].n if REAL in sets else None,
         )
     records = []
-    for reading in (reading for measure in measures for reading in measure(sets)):
-        compared = next((one for one in sets.values() if one.name == reading.against), reference)
+    readings: list[Reading] = []
+    for measure in measures:
+        try:
+            readings += measure(sets)
+        except ValueError as error:
+            # a set that is too small for one measure is no reason to lose the others
+            if on_hindrance is None or len(measures) == 1:
+                raise
+            on_hindrance(measure.name, str(error))
+    for reading in readings:
+        compared = sets[reading.against] if reading.against else reference
         records.append(
             Record(
                 metric=reading.quantity.name,
@@ -114,6 +127,7 @@ def judge(
                 reference_sha256=compared.sha256,
                 reference_n=compared.n,
                 own_reference=bool(reading.against),
+                of_n=0 if reading.n == samples.n else samples.n,
                 source=source if source is not None else Source(),
             )
         )
@@ -187,6 +201,8 @@ def evaluate_images(
         there[REAL] = Real(images=stand_in.images[rows], labels=of_rows, name=REAL)
     if train is not None:
         there[TRAIN] = train
+        if reference.name != train.name:
+            there[HELD_OUT] = reference
     if protocol is None and stand_in is not None:
         protocol = standard_protocol(
             features=extractor.name,
@@ -216,4 +232,4 @@ def evaluate_images(
         for part, one in there.items()
         if (wanted := wanted_of(applicable, part)) or part in (SAMPLES, REFERENCE)
     }
-    return judge(sets, measures=applicable, protocol=protocol, source=source)
+    return judge(sets, measures=applicable, protocol=protocol, source=source, on_hindrance=on_hindrance)

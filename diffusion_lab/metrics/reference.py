@@ -24,7 +24,7 @@ from torch import Tensor
 from diffusion_lab.metrics.collect import Collect, Collected, Collector, collect, pieces_of
 from diffusion_lab.metrics.features import FeatureExtractor
 
-FORMAT = "2"
+FORMAT = "3"
 
 
 def content_hash(x: Tensor) -> str:

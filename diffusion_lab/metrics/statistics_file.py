@@ -11,6 +11,7 @@ reference. Pickles (EDM2's .pkl) are refused: reading one runs whatever is in it
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,22 @@ ARRAYS = {FEATURES: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 
 def holds_statistics(path: Path) -> bool:
     """Tell whether a file is an .npz with a mean and a covariance."""
+    return {"mu", "sigma"} <= _arrays(path)
+
+
+def holds_images(path: Path) -> bool:
+    """Tell whether a file is an .npz with images, as ADM's reference files hold some beside their statistics."""
+    return bool({"images", "arr_0"} & _arrays(path))
+
+
+def _arrays(path: Path) -> set[str]:
     if path.suffix != ".npz" or not path.is_file():
-        return False
+        return set()
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return {"mu", "sigma"} <= set(stored.files)
-    except (ValueError, OSError):
-        return False
+            return set(stored.files)
+    except (ValueError, OSError, AttributeError, zipfile.BadZipFile):
+        return set()
 
 
 def read_statistics(path: Path, extractor: FeatureExtractor) -> Collected:

@@ -39,6 +39,7 @@ from torch.nn import functional as F
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """A folder holds one of them; the first that is there is read."""
 
+TIMEOUT_S = 10.0
 HUB_NAME = "facebook/dinov2-large"
 SIZES = {
     "facebook/dinov2-small": "88 MB",
@@ -267,11 +268,15 @@ def weights_file(model: str | Path) -> Path:
     name = str(model)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"no folder {model}: name one with config.json and {WEIGHTS[0]}, or a model of the hub such as {HUB_NAME}"
+            f"no folder {model}: metrics.model=<folder> has config.json and {WEIGHTS[0]}; or name a model of the hub, "
+            f"such as {HUB_NAME}"
         )
     reason = f"the hub has neither {WEIGHTS[0]} nor {WEIGHTS[1]} of it"
     # what was downloaded before is taken without asking the hub for a newer one: its hash names the features anyway
     for offline in (True, False):
+        if not offline and (why := refusal(name)):
+            reason = why
+            break
         for file in WEIGHTS:
             try:
                 hf_hub_download(name, "config.json", local_files_only=offline)
@@ -289,8 +294,21 @@ def weights_file(model: str | Path) -> Path:
     size = f" ({SIZES[name]})" if name in SIZES else ""
     raise FileNotFoundError(
         f"no weights of {name}{size}: {reason}. Where there is a network, `hf download {name} config.json "
-        f"{WEIGHTS[0]}` (or {WEIGHTS[1]}) gets them from https://huggingface.co/{name}; then set model=<that folder>"
+        f"{WEIGHTS[0]}` (or {WEIGHTS[1]}) gets them from https://huggingface.co/{name}; then "
+        "metrics.model=<that folder>"
     )
+
+
+def refusal(name: str) -> str:
+    """Return why the hub does not give a model, or "": asked once, while a download tells of half a minute of tries."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=TIMEOUT_S)
+    # as for the downloads
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
 
 
 def first_line(error: BaseException) -> str:

@@ -75,7 +75,9 @@ def test_two_sets_against_each_other_need_no_run(pictures, tmp_path, capsys, mon
     evaluate(f"samples={half}", f"reference={pictures}", "metrics=digits")
     out = capsys.readouterr().out
     (record,) = records(tmp_path / "runs" / "evaluations" / "half")
-    assert record["reference"] == "pictures" and record["reference_n"] == 120 and record["real"] is None
+    assert (
+        record["reference"].endswith("pictures") and record["reference_n"] == 120 and record["real"] is None
+    )
     assert "accuracy is not measured: the samples have no labels" in out and "instead of test" not in out
     evaluate(f"samples={pictures}", f"reference={pictures}", "metrics=pixels", "out=same")
     assert records(tmp_path / "same")[0]["value"] == pytest.approx(0.0, abs=1e-6)
@@ -84,7 +86,7 @@ def test_two_sets_against_each_other_need_no_run(pictures, tmp_path, capsys, mon
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["reference=b", "metrics=digits"], "run=<folder> is needed"),
+        (["reference=b", "metrics=digits"], "samples=<folder or file> is needed"),
         (["samples=a", "reference=b"], "metrics=<features> is needed"),
         (["samples=a", "metrics=digits"], "reference=<folder or file> is needed"),
         (["samples=nowhere", "reference=nowhere", "metrics=digits"], "nowhere: no such file or folder"),
@@ -230,3 +232,73 @@ def test_two_processes_give_the_bits_of_one(trained, tmp_path):
         evaluate(f"run={trained}", f"samples={samples}", f"devices={devices}", f"out={tmp_path}/{devices}")
     one, two = (records(tmp_path / str(devices)) for devices in (1, 2))
     assert [record["value"] for record in one] == [record["value"] for record in two]
+
+
+def test_sets_without_a_run_in_a_sweep_end_in_a_page(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for k, n in enumerate((40, 80)):
+        as_array(tmp_path / f"{k}.npz", digits()[0][:n])
+    evaluate("-m", "samples=0.npz,1.npz", f"reference={pictures}", "metrics=pixels", f"out={tmp_path}/o")
+    out = capsys.readouterr().out
+    (page,) = (tmp_path / "runs" / "comparisons").glob("*.html")
+    assert "comparison" in out and "1.npz" in page.read_text()
+
+
+def test_a_reference_called_train_is_not_the_train_split(trained, tmp_path, capsys):
+    folder = as_pictures(tmp_path / "train", digits()[0][:50])
+    evaluate(
+        f"run={trained}",
+        f"samples={folder}",
+        f"reference={folder}",
+        "measures=[frechet,memorisation]",
+        f"out={tmp_path}/o",
+    )
+    frechet, copies, _ = records(tmp_path / "o")
+    assert (
+        frechet["reference"] == str(folder) and f"reference {folder} instead of test" in frechet["deviations"]
+    )
+    # copies are sought in what the model was trained on, and beside them stands what it never saw
+    assert copies["reference"] == "train" and copies["reference_n"] == 1437 and copies["real_n"] == 360
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros((30, 10), np.int64), "labels are one number an image"),
+        (np.zeros(30), "labels must be integers, these are float64"),
+    ],
+)
+def test_labels_that_are_none_are_one_line(labels, message, trained, tmp_path, capsys):
+    samples = as_array(tmp_path / "a.npz", digits()[0][:30], labels=labels)
+    evaluate(f"run={trained}", f"samples={samples}", f"out={tmp_path}/o", code=2)
+    assert message in capsys.readouterr().err
+
+
+def test_labels_in_a_column_are_labels(trained, tmp_path):
+    images, labels = digits()
+    samples = as_array(tmp_path / "a.npz", images[:100], labels=labels[:100, None].numpy())
+    evaluate(f"run={trained}", f"samples={samples}", f"out={tmp_path}/o")
+    assert 0.9 < records(tmp_path / "o")[1]["value"] <= 1
+
+
+def test_lossy_pictures_say_so(trained, tmp_path):
+    folder = as_pictures(tmp_path / "jpegs", digits()[0][:20], ".jpg")
+    evaluate(f"run={trained}", f"samples={folder}", f"out={tmp_path}/o")
+    assert any("lossy (.jpg)" in line for line in records(tmp_path / "o")[0]["deviations"])
+
+
+def test_another_set_on_the_disk_is_another_set(tmp_path):
+    from diffusion_lab.data.stored_images import Split, identity
+
+    class Rows:
+        def __init__(self, step):
+            self.step = step
+
+        def __len__(self):
+            return 9000
+
+        def read(self, rows):
+            return torch.from_numpy((rows % self.step == 0).astype(np.uint8)).reshape(-1, 1, 1, 1), None
+
+    # every second one differs: rows at even distances would not notice
+    assert identity(Split(Rows(1), "train")) != identity(Split(Rows(2), "train"))

@@ -87,7 +87,7 @@ def test_custom_features_give_the_metrics_of_torch_fidelity():
     torch_fidelity.register_feature_extractor("diffusion-lab-ten", Theirs)
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(samples), input2=Images(real), feature_extractor="diffusion-lab-ten", cuda=False, cache=False,
-        save_cpu_ram=True, verbose=False, fid=True, isc=True, kid=True, prc=True, samples_shuffle=False,
+        save_cpu_ram=True, verbose=False, fid=True, isc=True, kid=True, prc=True,
         kid_subsets=10, kid_subset_size=100,
     )  # fmt: skip
     measures = (Frechet(), InceptionScore(), Kernel(subsets=10, size=100), PRDC())
@@ -151,7 +151,7 @@ def test_inception_gives_the_kid_score_precision_and_recall_of_torch_fidelity(th
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     sets, (samples, logits), (real, _) = through_inception
-    score = isc_features_to_metric(logits, splits=3, shuffle=False)
+    score = isc_features_to_metric(logits, splits=3, shuffle=True)
     kernel = kid_features_to_metric(samples, real, kid_subsets=5, kid_subset_size=5, verbose=False)
     manifold = prc_features_to_metric(samples, real, prc_neighborhood=3, prc_batch_size=10, verbose=False)
     ours = {

@@ -206,7 +206,11 @@ def test_all_outputs_of_inception_come_from_one_pass_and_alone(random_inception)
     theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, made: seen.append(made))
     images = torch.randint(0, 256, (2, 3, 40, 30), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     features, logits = theirs(images)
-    truth = {"features": features, "logits": logits, "spatial": seen[0][:, :7].flatten(1)}
+    truth = {
+        "features": features,
+        "logits": logits,
+        "spatial": seen[0].permute(0, 2, 3, 1)[..., :7].flatten(1),
+    }  # as TensorFlow has it
     together = extract(ours, images, ("spatial", "logits", "features"))
     assert {name: tuple(found.shape) for name, found in together.items()} == {
         "features": (2, 2048), "logits": (2, 1008), "spatial": (2, 7 * 17 * 17),

@@ -37,6 +37,7 @@ FID = replace(
     resize="TF1 bilinear 299",
     n=50_000,
     reference="train",
+    reference_n=50_000,
 )
 
 
@@ -86,7 +87,17 @@ def test_the_label_carries_the_number_of_images():
 
 def test_only_the_published_network_under_its_whole_protocol_is_called_fid():
     assert FID.label == "FID" and not FID.deviations
-    assert replace(FID, n=60_000).label == "FID"
+    # more images give a smaller number
+    assert replace(FID, n=60_000).label == "FID@60000"
+    # a handful of real images is no reference, nor is what nobody pinned
+    assert replace(FID, reference_n=12).label == "FID@50000"
+    own = replace(FID50K, reference="mine")
+    assert replace(FID, protocol=own, reference="mine").label == "FID@50000"
+    pinned = replace(FID50K, reference_sha256=FID.reference_sha256[:12])
+    assert replace(FID, protocol=pinned, reference="VIRTUAL.npz", reference_n=0).label == "FID"
+    assert "reference with hash" in replace(FID, protocol=pinned, reference_sha256="ff" * 32).deviations[0]
+    # a measure that looks at some of the samples is held to the number of all
+    assert replace(FID, n=10_000, of_n=50_000).deviations == ()
     assert replace(FID, n=2000).label == "FID@2000"
     assert replace(FID, reference="test").label == "FID@50000"
     assert replace(FID, resize="bicubic 299").label == "FID@50000"
@@ -136,3 +147,17 @@ def test_seeds_as_text():
     assert describe_seeds([7, 8]) == "7..8"
     assert describe_seeds([5, 1, 9]) == "3 from 1 to 9"
     assert describe_seeds([]) == "none"
+
+
+def test_what_a_protocol_asks_for_and_nobody_knows_is_a_deviation():
+    asked = replace(DIGITS, ema="ema", seeds="0..9", sampler="Heun(", guidance="Unguided", nfe=35)
+    unknown = replace(RIGHT, protocol=asked, source=Source())
+    assert unknown.deviations == (
+        "weights unknown instead of ema",
+        "seeds unknown instead of 0..9",
+        "sampler unknown instead of Heun(",
+        "guidance unknown instead of Unguided",
+        "NFE unknown instead of 35",
+    )
+    known = Source(ema="ema", seeds="0..9", sampler="Heun()", guidance="Unguided()", nfe=35)
+    assert replace(unknown, source=known).deviations == ()

@@ -11,6 +11,7 @@ from diffusion_lab.metrics.features import Coordinates, DigitsCNN, Pixels
 from diffusion_lab.metrics.frechet import frechet_from_stats, gaussian_stats
 from diffusion_lab.metrics.measures.accuracy import Accuracy, Answers
 from diffusion_lab.metrics.measures.frechet import Frechet
+from diffusion_lab.metrics.measures.prdc import PRDC
 from diffusion_lab.metrics.protocol import FID50K, Source
 from diffusion_lab.metrics.quality import Real, judge
 from diffusion_lab.metrics.quality import evaluate_images as evaluate
@@ -320,3 +321,32 @@ def test_a_measure_that_does_not_apply_says_why(digits, cnn):
     assert told == {"spatial_frechet": "digits-cnn has no spatial", "accuracy": "the samples have no labels"}
     evaluate_images(digits.train, digits.train_labels, digits.test, Pixels(), **settings)
     assert told["accuracy"] == "pixels tells no classes of the data"
+
+
+def test_a_bank_of_samples_whose_classes_come_in_turn_holds_all_classes_alike():
+    for n, classes in ((50_000, 10), (50_000, 1000), (60_000, 10)):
+        kept = torch.bincount(spread(n, 10_000) % classes, minlength=classes)
+        assert kept.min() > 0 and kept.double().std() < 2 * (10_000 / classes) ** 0.5
+    assert torch.equal(spread(5, 10), torch.arange(5)) and len(set(spread(1437, 300).tolist())) == 300
+    assert bool((spread(1437, 300).diff() > 0).all())
+
+
+def test_a_measure_that_cannot_be_taken_does_not_cost_the_others(digits, cnn):
+    told = {}
+    records = evaluate_images(
+        digits.train[:3], None, digits.test, cnn, measures=(Frechet(), PRDC()), on_hindrance=told.__setitem__
+    )
+    assert [record.metric for record in records] == ["frechet"] and "prdc" in told
+    with pytest.raises(ValueError):
+        evaluate_images(digits.train[:3], None, digits.test, cnn, measures=(PRDC(),))
+
+
+def test_statistics_written_as_adm_does_meet_the_same_features():
+    """Maps are flattened with channels last, as TensorFlow has them: a set against its own statistics is at zero."""
+    import numpy as np
+
+    from diffusion_lab.metrics.inception import spatial
+
+    maps = torch.randn(40, 9, 3, 2, generator=torch.Generator().manual_seed(0))
+    theirs = maps.permute(0, 2, 3, 1).numpy()[..., :7].reshape(40, -1)
+    assert np.array_equal(spatial(maps).numpy(), theirs)

@@ -225,11 +225,14 @@ def test_without_a_network_the_message_says_what_and_where(monkeypatch):
 
     def fails(name, file, *, local_files_only):
         asked.append((file, local_files_only))
-        if local_files_only:
-            raise LocalEntryNotFoundError("not in the cache")
+        raise LocalEntryNotFoundError("not in the cache")
+
+    def unreachable(self, name, *, timeout):
+        asked.append((name, timeout))
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     for kind, name, size in ((DINOv2, "facebook/dinov2-large", "1.2 GB"), (CLIP, None, "1.7 GB")):
         with pytest.raises(FileNotFoundError) as caught:
             kind(**({} if name is None else {"model": name}))
@@ -239,10 +242,12 @@ def test_without_a_network_the_message_says_what_and_where(monkeypatch):
             "hf download",
             "https://huggingface.co/",
             "no route",
+            "then metrics.model=<that folder>",
         ):
             assert part in str(caught.value)
         assert "\n" not in str(caught.value)
-    assert [offline for _, offline in asked[:3]] == [True, True, False]
+    # the cache, then one question; no download, which would try for half a minute and tell each try
+    assert [how for _, how in asked] == [True, True, vision_transformers.TIMEOUT_S] * 2
     with pytest.raises(FileNotFoundError, match=r"no folder \./nowhere"):
         DINOv2(model="./nowhere")
 
@@ -257,6 +262,7 @@ def test_what_the_hub_gives_is_used(monkeypatch, dinov2_folder, tmp_path):
         return str(dinov2_folder / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", gives)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, *, timeout: None)
     assert DINOv2(model="some/one").sha256 == DINOv2(model=dinov2_folder).sha256
 
 

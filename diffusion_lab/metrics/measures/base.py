@@ -1,11 +1,12 @@
 r"""What a measure is: a rule from summaries of image sets to named numbers.
 
-A measure is given up to four sets, each as the collectors that it asked for:
+A measure is given up to five sets, each as the collectors that it asked for:
 
     samples      the images that are judged
     reference    real images to compare with, in general the test split
     real         real images that stand in for samples, as many of them: what they score is the floor, or the ceiling
     train        all images that the model was trained on, for what was copied from them
+    held_out     real images that it was not trained on, for the same question
 
 and returns a `Reading` for each number, with that of real images beside it where it makes sense. Adding a measure means
 one file here, one in conf/measures and one test.
@@ -20,7 +21,7 @@ from typing import Any, Literal, Protocol
 from diffusion_lab.metrics.collect import Collect, Collected
 from diffusion_lab.metrics.features import Classifier, FeatureExtractor, offered
 
-SAMPLES, REFERENCE, REAL, TRAIN = "samples", "reference", "real", "train"
+SAMPLES, REFERENCE, REAL, TRAIN, HELD_OUT = "samples", "reference", "real", "train", "held_out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Reading:
         spread: Its standard deviation over parts or subsets, where the measure has them; else None.
         real: The same number for real images; None if not taken.
         real_n: Number of real images behind `real`.
-        against: Name of the set that the samples were compared with; "" for the reference.
+        against: The part of the set that the samples were compared with, such as `TRAIN`; "" for the reference.
     """
 
     quantity: Quantity
@@ -66,7 +67,7 @@ class Reading:
 
 
 Sets = Mapping[str, Collected]
-"""The sets that there are, by their part in the comparison: `SAMPLES`, `REFERENCE`, `REAL`, `TRAIN`."""
+"""The sets that there are, by their part in the comparison: `SAMPLES`, `REFERENCE`, `REAL`, `TRAIN`, `HELD_OUT`."""
 
 
 class Measure(Protocol):

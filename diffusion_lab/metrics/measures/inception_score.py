@@ -6,7 +6,8 @@ within each of 10 parts of the set, mean and standard deviation over the parts. 
 in for samples give the ceiling at the same n. With the scores of the Inception network (without their bias, as
 customary) it is the published number; with another classifier it counts that one's classes.
 
-A part is known by the index of the image, contiguous: part s holds the images [s n / 10, (s + 1) n / 10). For each are
+A part is known by the index of the image: part s holds the images [s n / 10, (s + 1) n / 10) of a fixed random order,
+torch-fidelity's. For each are
 kept its number of images, sum_i p_i and sum_i p_i log p_i, since
 
     mean_i KL(p_i || q) = mean_i sum p_i log p_i - sum q log q,    q = mean_i p_i,
@@ -24,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,8 @@ from diffusion_lab.metrics.features import LOGITS
 from diffusion_lab.metrics.measures.base import REAL, SAMPLES, Quantity, Reading, Sets
 from diffusion_lab.metrics.stats import Reduce
 
+SHUFFLE = 2020
+"""Seed of torch-fidelity's order."""
 SCORE = Quantity(name="inception_score", short="IS", better="higher")
 
 
@@ -67,6 +71,9 @@ class ClassesCollector:
     """
 
     def __init__(self, n: int, splits: int, classes: int) -> None:
+        # torch-fidelity's own order: a set sorted by class would have parts of few classes each
+        order = torch.from_numpy(np.random.RandomState(SHUFFLE).permutation(n))
+        self.place = torch.empty(n, dtype=torch.int64).scatter_(0, order, torch.arange(n))
         self.ends = torch.tensor([(s + 1) * n // splits for s in range(splits)], dtype=torch.int64)
         self.counts = torch.zeros(splits, dtype=torch.float64)
         self.classes = torch.zeros(splits, classes, dtype=torch.float64)
@@ -74,7 +81,7 @@ class ClassesCollector:
 
     def update(self, batch: Batch) -> None:
         """See `Collector`."""
-        part = torch.searchsorted(self.ends, batch.index.cpu(), right=True)
+        part = torch.searchsorted(self.ends, self.place[batch.index.cpu()], right=True)
         log_p = batch.outputs[LOGITS].detach().double().log_softmax(dim=1).cpu()
         p = log_p.exp()
         self.counts.index_add_(0, part, torch.ones(len(part), dtype=torch.float64))

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from diffusion_lab.metrics.collect import Bank, Collect, Collected
 from diffusion_lab.metrics.features import FEATURES
-from diffusion_lab.metrics.measures.base import REFERENCE, SAMPLES, TRAIN, Quantity, Reading, Sets
+from diffusion_lab.metrics.measures.base import HELD_OUT, SAMPLES, TRAIN, Quantity, Reading, Sets
 from diffusion_lab.metrics.neighbours import nearest
 
 COPIES = Quantity(name="copies", short="copies", better="lower", percent=True)
@@ -77,7 +77,7 @@ class Memorisation:
     @property
     def may(self) -> Mapping[str, Sequence[Collect]]:
         """See `Measure`."""
-        return {REFERENCE: (self.bank,)}
+        return {HELD_OUT: (self.bank,)}
 
     def __call__(self, sets: Sets) -> list[Reading]:
         """See `Measure`."""
@@ -89,11 +89,8 @@ class Memorisation:
             return copies.item(), near[:, 0].mean().item(), len(near)
 
         copies, distance, n = of(sets[SAMPLES])
-        held_out = sets.get(REFERENCE)
-        if held_out is not None and (held_out.name == train.name or held_out.sha256 == train.sha256 != ""):
-            held_out = None
-        real = of(held_out) if held_out is not None and self.bank in held_out.kept else (None, None, None)
+        real = of(sets[HELD_OUT]) if HELD_OUT in sets else (None, None, None)
         return [
-            Reading(quantity=quantity, value=value, n=n, real=floor, real_n=real[2], against=train.name)
+            Reading(quantity=quantity, value=value, n=n, real=floor, real_n=real[2], against=TRAIN)
             for quantity, value, floor in ((COPIES, copies, real[0]), (NEAREST, distance, real[1]))
         ]
