@@ -26,6 +26,7 @@ from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.launch import OWN, outer_world, started_by_others
 from diffusion_lab.app.rules import check_precision
+from diffusion_lab.app.teacher import with_teacher
 from diffusion_lab.callbacks import StopAtImages
 from diffusion_lab.denoisers import NetworkDenoiser
 from diffusion_lab.denoisers.bridge import BridgeField
@@ -88,13 +89,13 @@ def build(config: Mapping[str, Any]) -> Parts:
     from diffusion_lab.loggers import hush_lightning
 
     hush_lightning()
-    _refuse_stored(config.get("guidance"))
+    _refuse_stored(config)
     data = instantiate(config["dataset"], "dataset")
     _compare_shapes(config, data)
     # what is missing or damaged is said now, not after the trainer has started
     data.setup("fit")
     with seeded("init", config["seed"]):
-        module = instantiate(config["method"], "method")
+        module = instantiate(with_teacher(config["method"]), "method")
     _compare_kinds(config, module)
     callbacks = [
         node for node in instantiate(config["callbacks"] or {}, "callbacks").values() if node is not None
@@ -104,11 +105,13 @@ def build(config: Mapping[str, Any]) -> Parts:
     return Parts(module, data, _trainer(config, callbacks, loggers), callbacks, loggers)
 
 
-def _refuse_stored(guidance: Any) -> None:
+def _refuse_stored(config: Mapping[str, Any]) -> None:
     """A guidance that needs another stored network is for `sample.py`, which reads it."""
     from diffusion_lab.app.stored import find
 
-    for where, _ in find(guidance, "guidance"):
+    method = config.get("method") or {}
+    places = {"guidance": config.get("guidance"), "method.guidance": method.get("guidance")}
+    for where, _ in (found for prefix, node in places.items() for found in find(node, prefix)):
         raise UserError(f"{where}: a stored network guides samples of sample.py, not those of training")
 
 

@@ -184,7 +184,15 @@ def complete(app: str, argv: Sequence[str], conf: Sequence[Path] = ()) -> Comple
     if not value or value == "null":
         if app == "evaluate" and "samples" in dict(given):
             return _without_run(argv, {split[0] for split in given})
-        raise UserError(f"run=<folder> is needed, e.g. python {app}.py run=runs/digits/quickstart/latest")
+        if app == "evaluate" and "reference" in dict(given):
+            raise UserError(
+                "samples=<folder or file> is needed to score without a run, or run=<folder> with one"
+            )
+        bare = "; without a run: samples=<one set> reference=<another> metrics=<features>"
+        raise UserError(
+            f"run=<folder> is needed, e.g. python {app}.py run=runs/digits/quickstart/latest"
+            + (bare if app == "evaluate" else "")
+        )
     multirun = is_multirun(argv)
     folders = run_folders(value, multirun=multirun)
     configs = [read_run(folder) for folder in folders]

@@ -178,6 +178,7 @@ def _prepare(session: Session, argv: list[str]) -> list[str]:
     """Complete the command line and check what can be checked before Hydra reads it."""
     from diffusion_lab.app.choices import complete, is_multirun, split_override
     from diffusion_lab.app.messages import check_blanks, check_flags, check_options, check_resume, check_sweep
+    from diffusion_lab.app.teacher import complete as complete_student
 
     session.multirun = is_multirun(argv)
     if {"-sc", "--shell-completion", "--shell_completion", "--hydra-help", "--version"} & set(argv):
@@ -188,9 +189,10 @@ def _prepare(session: Session, argv: list[str]) -> list[str]:
     if session.app == "train":
         check_resume(argv)
         check_sweep(argv, multirun=session.multirun or _only_shows(argv))
+        completed = complete_student(argv)
     else:
         completed = complete(session.app, argv, session.folders)
-        argv, session.recorded, session.injected = completed.argv, completed.recorded, completed.injected
+    argv, session.recorded, session.injected = completed.argv, completed.recorded, completed.injected
     # the word behind `--config-dir` is none
     session.overrides = [
         word

@@ -41,6 +41,10 @@ def complete_config(session: Session, cfg: DictConfig) -> None:
         cfg.overrides = [*own, *(item for item in given if not _of_sweep(item))]
         if session.app == "train" and cfg.get("name") is None:
             cfg.name = _name(choices)
+    if session.app == "train":
+        from diffusion_lab.app.teacher import plan
+
+        plan(cfg)
 
 
 def check_config(session: Session, cfg: DictConfig) -> None:
@@ -54,12 +58,14 @@ def check_config(session: Session, cfg: DictConfig) -> None:
     from diffusion_lab.app.help import options
     from diffusion_lab.app.rules import check_rules
     from diffusion_lab.app.schema import SCHEMAS
+    from diffusion_lab.app.teacher import check as check_teacher
     from diffusion_lab.app.validate import drop_absent_parts, validate
 
     drop_absent_parts(cfg, options(session.folders), cfg.overrides)
     validate(cfg, SCHEMAS[session.app])
     if session.app == "train":
         check_rules(cfg)
+        check_teacher(cfg)
     with open_dict(cfg):
         for group in SWEEPING:
             cfg.pop(group, None)

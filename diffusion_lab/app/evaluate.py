@@ -26,6 +26,7 @@ from diffusion_lab.app.build import load_denoiser, plain
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.display import show, shown
 from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.evaluate_checks import check_fit, check_paths, check_words
 from diffusion_lab.app.job import device_of, from_config
 from diffusion_lab.app.judging import Samples, Yardstick, score, yardstick
 from diffusion_lab.app.measuring import Place
@@ -69,6 +70,8 @@ def run(cfg: DictConfig) -> Scored | list[dict[str, Any]]:
         if folder is None or trained is None:
             raise UserError("a likelihood is that of a model: run=<folder> is needed")
         return likelihood.run(config, folder, trained)
+    check_words(config)
+    check_paths(config)
     yard = yardstick(
         trained,
         config["metrics"],
@@ -83,6 +86,8 @@ def run(cfg: DictConfig) -> Scored | list[dict[str, Any]]:
     if config["num_samples"] is None and config["samples"] is None:
         asked = yard.protocol.n if yard.protocol is not None else len(yard.real or ())
         config["num_samples"] = asked
+    if config["samples"] is None:
+        check_fit(yard, int(config["num_samples"]), labelled=bool(config["num_classes"]))
     samples = _samples(config, folder, yard)
     records = score(
         samples,
@@ -91,9 +96,12 @@ def run(cfg: DictConfig) -> Scored | list[dict[str, Any]]:
         on_hindrance=lambda name, reason: print(f"{name} is not measured: {reason}"),
     )
     out = _out(config, folder)
-    told = _written(records, config, out, trained, samples.where)
+    told = _written(records, config, out, folder, trained, samples.where)
     show(table([told]))
-    for line, about in _by_protocol(records):
+    ways = _by_protocol(records)
+    for line, labels in ways:
+        alike = len(labels) == len(records) > 1
+        about = "all of these" if alike else ", ".join(labels)
         print(f"{about}: not by the protocol {line}")
     typed = config["out"] or config["run"] or str(out)
     print(f"metrics {shown(told['file'], typed)}")
@@ -106,14 +114,14 @@ def run(cfg: DictConfig) -> Scored | list[dict[str, Any]]:
     return Scored(samples.where, records)
 
 
-def _by_protocol(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Return each way of not fulfilling a protocol once, and which values it concerns."""
+def _by_protocol(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
+    """Return each way of not fulfilling a protocol once, and the labels of the values it concerns."""
     found: dict[str, list[str]] = {}
     for item in records:
         if item.deviations:
             line = f"{item.protocol.name}: {'; '.join(item.deviations)}"
             found.setdefault(line, []).append(item.label)
-    return [(line, ", ".join(labels)) for line, labels in found.items()]
+    return list(found.items())
 
 
 def _skipped(line: str) -> None:
@@ -213,14 +221,18 @@ def _written(
     records: Sequence[Record],
     config: Mapping[str, Any],
     out: Path,
+    folder: Path | None,
     trained: Mapping[str, Any] | None,
     where: Path,
 ) -> dict[str, Any]:
     """Append this evaluation to metrics.json, in place of an equal earlier one."""
     told = record.read(where / "record.json") if where.is_dir() else {}
     images_seen = (told.get("weights") or {}).get("images_seen")
+    own = folder is None or config["samples"] is None or _drawn_by(folder, told, where)
+    run = str(where) if trained is None else f"{trained.get('name')}/{trained.get('run_id')}"
     evaluation = scores.evaluation(
-        run=str(where) if trained is None else f"{trained.get('name')}/{trained.get('run_id')}",
+        run=run if own else f"{where.resolve().name} (not drawn by this run)",
+        own=own,
         images_seen=images_seen,
         samples=str(where),
         config=config,
@@ -230,6 +242,15 @@ def _written(
     )
     file = scores.append(out, evaluation)
     return {**evaluation, "file": str(file)}
+
+
+def _drawn_by(folder: Path, told: Mapping[str, Any], where: Path) -> bool:
+    """Whether the record beside samples names a run, or its export; a run that was moved has them below it."""
+    if "weights" not in told or "run" not in told:
+        return False
+    run = workplace(folder).resolve()
+    named = Path(str(told["run"])).resolve()
+    return named in (folder, run, run / "export") or where.resolve().is_relative_to(run / "samples")
 
 
 def table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
@@ -259,4 +280,4 @@ def table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
 def _cell(item: Mapping[str, Any], key: str) -> str:
     if item.get(key) is None:
         return "-"
-    return f"{100 * item[key]:.2f} %" if item.get("percent") else f"{item[key]:.4g}"
+    return scores.number(item, key)

@@ -6,9 +6,10 @@
         README.md             the model card, see `model_card.py`
 
 `sample.py` and `evaluate.py` take an export like a run. Of a run they also take averages that were never tracked, made
-from its snapshots (`posthoc.py`); `export_average` puts such a one among the exported. safetensors hold nothing but
-tensors and strings, and the config is checked against the allow-list, so an export from a stranger is data. With
-`--diffusers` the weights go to a folder for diffusers instead (`export_diffusers.py`).
+from its snapshots (`posthoc.py`); `export_average` puts such a one among the exported. Weights that a run kept under a
+name of their own (`<run>/kept/`, `callbacks/kept_weights.py`) are asked for by it, and exported too. safetensors hold
+nothing but tensors and strings, and the config is checked against the allow-list, so an export from a stranger is data.
+With `--diffusers` the weights go to a folder for diffusers instead (`export_diffusers.py`).
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from diffusion_lab.app import posthoc, record
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.errors import UserError, did_you_mean
 from diffusion_lab.app.run import RunFolder, identity
+from diffusion_lab.app.teacher import portable
 from diffusion_lab.files import write_atomically
 from diffusion_lab.modules.errors import RunError
 
 RAW = "raw"
+KEPT = "kept"
 PREFIX = "denoiser."
 # what only training needs, or only this machine has
 DROPPED = ("paths", "callbacks", "logger", "trainer", "resume", "overrides")
@@ -100,12 +103,18 @@ def read_weights(folder: Path, ema: str | None) -> Weights:
     return _from_export(folder, files, ema) if is_export else _from_run(folder, ema)
 
 
-def _choose(ema: str | None, names: list[str], folder: Path) -> str:
+def _choose(ema: str | None, averages: list[str], others: list[str], folder: Path) -> str:
+    """Return the name asked for; else the first average, else the raw weights where they are there."""
     if ema is None:
-        return next((name for name in names if name != RAW), RAW)
-    if ema not in names:
+        return next(iter([*averages, *(name for name in others if name == RAW), *others]))
+    if ema not in (names := [*averages, *others]):
         raise UserError(f"ema={ema}: {folder} has no such weights{did_you_mean(ema, names)}")
     return ema
+
+
+def kept_weights(folder: Path) -> dict[str, Path]:
+    """Return the files of the weights that a run kept under names of their own."""
+    return {path.stem: path for path in sorted((folder / KEPT).glob("*.safetensors"))}
 
 
 def _from_run(folder: Path, ema: str | None) -> Weights:
@@ -120,31 +129,40 @@ def _from_run(folder: Path, ema: str | None) -> Weights:
     if ema not in averages and (wanted := posthoc.parse(ema)) is not None:
         tensors, images = posthoc.make(folder, wanted, averages, int(checkpoint["images_seen"]))
         return Weights(wanted.name, tensors, images, hash_tensors(tensors), folder / posthoc.FOLDER)
-    name = _choose(ema, [*averages, RAW], folder)
+    kept = kept_weights(folder)
+    name = _choose(ema, list(averages), [RAW, *kept], folder)
+    if name in kept and name not in averages:
+        return _from_file(kept[name], name)
     tensors = raw_of(checkpoint) if name == RAW else averages[name]
     return Weights(name, tensors, int(checkpoint["images_seen"]), hash_tensors(tensors), source)
 
 
 def _from_export(folder: Path, files: Mapping[str, Path], ema: str | None) -> Weights:
+    order = (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) or {}).get("averages") or {}  # type: ignore[union-attr]
+    averages = [str(name) for name in order if name in files]
+    if ema not in files and posthoc.parse(ema) is not None:
+        raise UserError(f"ema={ema}: {folder} is an export, which holds no snapshots; name the run folder")
+    name = _choose(ema, averages, [name for name in files if name not in averages], folder)
+    return _from_file(files[name], name)
+
+
+def _from_file(path: Path, name: str) -> Weights:
     from safetensors import SafetensorError, safe_open
 
-    order = (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) or {}).get("averages") or {}  # type: ignore[union-attr]
-    names = [str(name) for name in order if name in files] + [name for name in files if name not in order]
-    if ema not in names and posthoc.parse(ema) is not None:
-        raise UserError(f"ema={ema}: {folder} is an export, which holds no snapshots; name the run folder")
-    name = _choose(ema, names, folder)
     try:
-        with safe_open(files[name], framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             facts = file.metadata() or {}
     except (SafetensorError, OSError, struct.error) as error:
-        raise UserError(f"{files[name]} is not a readable safetensors file: {error}") from error
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
     images = facts.get("images_seen", "0")
-    return Weights(name, tensors, int(images) if images.isdigit() else 0, hash_tensors(tensors), files[name])
+    return Weights(name, tensors, int(images) if images.isdigit() else 0, hash_tensors(tensors), path)
 
 
 def export_run(folder: RunFolder, config: Mapping[str, Any]) -> list[Path]:
     """Write the averages of a run's newest good checkpoint (the raw weights if it has none) to its export folder.
+
+    What the run kept under names of its own goes there too.
 
     Args:
         folder: The run.
@@ -166,6 +184,9 @@ def export_run(folder: RunFolder, config: Mapping[str, Any]) -> list[Path]:
         _export(folder, config, name, tensors, int(checkpoint["images_seen"]))
         for name, tensors in averages.items()
     ]
+    for name, path in kept_weights(folder.path).items():
+        weights = _from_file(path, name)
+        files.append(_export(folder, config, name, weights.tensors, weights.images_seen))
     write_card(folder)
     return files
 
@@ -269,6 +290,8 @@ def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(root, str):
         # found again below DIFFUSION_LAB_DATA, wherever that is
         kept["dataset"] = {**kept["dataset"], "root": Path(root).name}
+    if "method" in kept:
+        kept["method"] = portable(kept["method"])
     return kept
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.app import record
+from diffusion_lab.app import record, scores
 from diffusion_lab.app.allowlist import TRUST, needs_trust
 from diffusion_lab.app.choices import read_unchecked
 from diffusion_lab.app.display import clock
@@ -38,7 +38,8 @@ tags: [diffusion]
 library_name: diffusion_lab
 ---
 """
-SHOWN = 8
+SHOWN = 24
+"""Numbers shown, but that those which may be quoted are all."""
 
 
 def write_card(folder: RunFolder) -> Path | None:
@@ -118,9 +119,14 @@ def _what(
         ("process", part.get("interpolant")),
         ("noise levels", config.get("schedule")),
         ("weighting", (method.get("loss") or {}).get("weighting")),
+        ("distilled by", {"_target_": method["_target_"]} if "teacher" in method else None),
     ):
         if isinstance(node, Mapping):
             yield f"* {name}: `{describe_part(node)}`" + (size if name == "network" else "")
+    teacher = method.get("teacher")
+    if isinstance(teacher, Mapping) and teacher.get("sha256"):
+        named = f"{Path(str(teacher.get('run'))).name}, {teacher.get('ema')}"
+        yield f"* teacher: {named}, sha256 of its tensors `{str(teacher['sha256'])[:16]}`"
     images = {facts["images_seen"] for _, facts in files if facts.get("images_seen", "").isdigit()}
     if images:
         batch = config.get("batch_size")
@@ -134,7 +140,10 @@ def _sessions(told: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _quality(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "## Quality"
     yield ""
-    rows = [(item, found) for found in reversed(evaluations) for item in found.get("records") or []][:SHOWN]
+    chosen, more = _chosen(
+        [found for found in evaluations if found.get("own", True) and found.get("records")]
+    )
+    rows = [(item, found) for found in chosen for item in found["records"]]
     if not rows:
         yield "Not measured yet: `python evaluate.py run=<the run>` does, and writes it here."
         return
@@ -150,6 +159,35 @@ def _quality(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield ""
     for item, _ in rows:
         yield f"1. {item.get('conditions')}"
+    if more:
+        yield ""
+        yield f"and {more} more in metrics.json of the run"
+
+
+def _chosen(evaluations: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
+    """Return what a card shows: the newest by each protocol, then others while there is room; and how many not."""
+    newest = list(reversed(evaluations))
+    first: dict[str, Mapping[str, Any]] = {}
+    for found in newest:
+        if scores.quotable(found):
+            first.setdefault(_kind(found), found)
+    chosen, more = list(first.values()), 0
+    room = SHOWN - sum(len(found["records"]) for found in chosen)
+    for found in newest:
+        if any(found is one for one in chosen):
+            continue
+        room -= len(found["records"])
+        if room >= 0 or not chosen:
+            chosen.append(found)
+        else:
+            more += len(found["records"])
+    return chosen, more
+
+
+def _kind(found: Mapping[str, Any]) -> str:
+    """The protocol of an evaluation, and whether it is of samples: what stands before the first colon."""
+    protocols = [str(item.get("conditions")).partition(":")[0] for item in found["records"]]
+    return f"{found.get('samples') is not None} {sorted(set(protocols))}"
 
 
 def _cell(text: str) -> str:

@@ -42,8 +42,8 @@ NOT_IDENTITY = frozenset(
 )
 # callbacks that only look
 WATCHING = frozenset(
-    "AccuracyByNoiseLevel Checkpoints EMASnapshots FrechetDuringTraining LossByNoiseLevel Preemption Progress "
-    "PruneHopeless SampleGrid Throughput TrainingLog".split()
+    "AccuracyByNoiseLevel Checkpoints EMASnapshots FrechetDuringTraining KeptWeights LossByNoiseLevel Preemption "
+    "Progress PruneHopeless SampleGrid Throughput TrainingLog".split()
 )
 # how fast the data come and from where, not which
 NOT_DATA = frozenset({"root", "num_workers", "how_to_get", "index_cache"})
@@ -185,6 +185,10 @@ def identity_parts(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     if isinstance(kept.get("dataset"), Mapping):
         kept["dataset"] = {key: value for key, value in kept["dataset"].items() if key not in NOT_DATA}
+    if isinstance((kept.get("method") or {}).get("teacher"), Mapping):
+        # who the teacher is, not where its run lies
+        teacher = {key: value for key, value in kept["method"]["teacher"].items() if key != "run"}
+        kept["method"] = {**kept["method"], "teacher": teacher}
     trainer = kept.get("trainer") or {}
     kept["trainer"] = {key: trainer.get(key) for key in ARITHMETIC}
     kept["callbacks"] = {

@@ -26,6 +26,7 @@ def evaluation(
     samples: str | None,
     config: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
+    own: bool = True,
 ) -> dict[str, Any]:
     """Return an evaluation with all that belongs to it.
 
@@ -35,10 +36,12 @@ def evaluation(
         samples: Where the samples are; None where a model was judged without.
         config: The resolved config.
         records: The values, with `label`, `shown` and `conditions`.
+        own: Whether the run drew the samples; else the values are not its scores.
     """
     return {
         "created": record.now(),
         "run": run,
+        "own": own,
         "images_seen": images_seen,
         "samples": samples,
         "command": record.command("evaluate", config.get("overrides") or []),
@@ -70,6 +73,42 @@ def _what(item: Mapping[str, Any]) -> tuple[Any, ...]:
     """What was measured, on what."""
     measured = [(one.get("label"), one.get("conditions")) for one in item.get("records", [])]
     return item.get("images_seen"), item.get("samples"), str(measured)
+
+
+def quotable(made: Mapping[str, Any]) -> bool:
+    """Whether every value of an evaluation was measured by its protocol."""
+    return not any(" | DEVIATES: " in str(item.get("conditions", "")) for item in made["records"])
+
+
+def best(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the evaluation to show first: by its protocol if there is one, then of the most images, then the newest.
+
+    Args:
+        evaluations: Evaluations, oldest first; those of samples that the run did not draw are passed over.
+    """
+    ranked = [
+        (quotable(made), _count(made), k) for k, made in enumerate(evaluations) if made.get("own", True)
+    ]
+    return evaluations[max(ranked)[2]] if ranked else None
+
+
+def _count(made: Mapping[str, Any]) -> int:
+    return max((int(item.get("of_n") or item.get("n") or 0) for item in made["records"]), default=0)
+
+
+def number(item: Mapping[str, Any], key: str = "value") -> str:
+    """Return `value` or `real` of a record as text, the value with its spread where it has one.
+
+    Args:
+        item: The record, as in metrics.json; the number is there.
+        key: Which number.
+    """
+    # records older than the key are shares where they are accuracies
+    share = item.get("percent", item.get("metric") == "accuracy")
+    found = [item[key]]
+    if key == "value" and item.get("spread") is not None:
+        found.append(item["spread"])
+    return " ± ".join(f"{100 * value:.2f} %" if share else f"{value:.4g}" for value in found)
 
 
 def markdown(evaluations: Sequence[Mapping[str, Any]]) -> str:

@@ -91,6 +91,7 @@ def _open_record(start: resume.Start, config: Mapping[str, Any]) -> None:
             "run": f"{config['name']}/{start.folder.path.name}",
             "identity": identity(config),
             "seed": config["seed"],
+            **({"teacher": teacher} if (teacher := config["method"].get("teacher")) else {}),
             "resumed_from": None if start.checkpoint is None else start.checkpoint.name,
         },
     )

@@ -5,6 +5,7 @@ from diffusion_lab.callbacks.ema import EMACallback
 from diffusion_lab.callbacks.ema_snapshots import EMASnapshots
 from diffusion_lab.callbacks.frechet import FrechetDuringTraining
 from diffusion_lab.callbacks.gradient_norm import GradientNorm
+from diffusion_lab.callbacks.kept_weights import KeptWeights
 from diffusion_lab.callbacks.loss_by_noise_level import LossByNoiseLevel
 from diffusion_lab.callbacks.preemption import Preemption, was_preempted
 from diffusion_lab.callbacks.progress import Progress
@@ -20,6 +21,7 @@ __all__ = [
     "EMASnapshots",
     "FrechetDuringTraining",
     "GradientNorm",
+    "KeptWeights",
     "LossByNoiseLevel",
     "Preemption",
     "Progress",

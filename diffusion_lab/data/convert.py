@@ -13,6 +13,7 @@ of that size, which read many times faster. What cannot be decoded is left out, 
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import sys
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -222,8 +223,17 @@ def verify(root: Path) -> list[str]:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the option that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
+        guess = difflib.get_close_matches(unknown, self._option_string_actions, n=1) if unknown else []
+        raise DataError(f"{message}; did you mean {guess[0]}?" if guess else f"{message}; see --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m diffusion_lab.data.convert",
         description="Make WebDataset shards of a folder of pictures, IDX files, CIFAR-10's archive or a .npz.",
         epilog="Interrupted, the same command goes on. Then train with dataset=shards dataset.root=<out>.",

@@ -6,6 +6,7 @@ from diffusion_lab.denoisers.network import NetworkDenoiser, Output
 from diffusion_lab.denoisers.prediction import (
     EDM,
     X0,
+    Both,
     Eps,
     EpsResidual,
     Prediction,
@@ -18,6 +19,7 @@ from diffusion_lab.denoisers.prediction import (
 )
 
 __all__ = [
+    "Both",
     "EDM",
     "EmpiricalDenoiser",
     "Eps",

@@ -32,7 +32,7 @@ class Output:
 
     Attributes:
         x0: Posterior mean, `(B, *D)`.
-        raw: The network's own output F, `(B, *D)`.
+        raw: The network's own output F, `(B, *D)`, put together of several where the prediction says so.
         logvar: Optional log-uncertainty, `(B,)`.
         features: Optional inner activations.
     """
@@ -97,7 +97,9 @@ class NetworkDenoiser(nn.Module):
             alpha: Signal coefficient, `x.shape[:k]`.
             sigma: Noise coefficient, like `alpha`.
         """
-        return Output(x0=x0_from(self.prediction, x, answer, alpha, sigma), raw=answer)
+        merge = getattr(self.prediction, "merge", None)
+        raw = answer if merge is None else merge(answer, x, alpha, sigma)
+        return Output(x0=x0_from(self.prediction, x, raw, alpha, sigma), raw=raw)
 
     def forward(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
         """Return E[x0 | x], of the shape of `x`. See `predict`."""

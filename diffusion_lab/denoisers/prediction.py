@@ -11,7 +11,7 @@ Subtracting the same with the true target F* gives the exchange rate between err
 
 so a loss is computed where it is well conditioned (F) and weighted in the unit that we state weightings in (eps).
 
-    X0         a = 1                    b = 0
+    X0         a = 1                    b = 0                   (Both: the same, put together of two answers)
     Eps        a = 0                    b = 1
     V          a = -sigma / n           b = alpha / n           (v, n = sqrt(alpha^2 + sigma^2))
     Velocity   a = -1                   b = 1                   (d x / d s of rectified flow, s from data to noise)
@@ -58,6 +58,36 @@ class X0:
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """See `Prediction`."""
         return torch.ones_like(alpha), torch.zeros_like(sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Both(X0):
+    r"""The network predicts data and noise, in twice the channels, and x0 is put together of both.
+
+        F = x0_hat = (sigma^2 x~ + alpha (x - sigma eps~)) / (alpha^2 + sigma^2)
+
+    At high noise it listens to x~, at low noise to what eps~ leaves of x. From there on F is that of `X0`.
+
+    References:
+        Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", 2022, section 4.
+    """
+
+    def merge(self, answer: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return F, of the shape of `x`, for the network's answer `(B, 2 C, *)`.
+
+        Raises:
+            ValueError: If the network has not twice the channels of the data.
+        """
+        if answer.shape[1] != 2 * x.shape[1]:
+            raise ValueError(
+                f"prediction=both needs a network of {2 * x.shape[1]} output channels for data of {x.shape[1]}, "
+                f"this one has {answer.shape[1]}: set model.out_channels={2 * x.shape[1]}"
+            )
+        data, noise = answer.chunk(2, dim=1)
+        square = alpha**2 + sigma**2
+        of_data, of_noise = sigma**2 / square, alpha / square
+        rest = x - broadcast_right(sigma, x) * noise
+        return broadcast_right(of_data, x) * data + broadcast_right(of_noise, x) * rest
 
 
 @dataclass(frozen=True, kw_only=True)

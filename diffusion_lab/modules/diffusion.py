@@ -36,7 +36,7 @@ from diffusion_lab.modules.ranks import sum_over_ranks
 from diffusion_lab.networks.magnitude_preserving import magnitude_preserving, normalize_weights
 from diffusion_lab.rng import StepRNG, derive_seed
 from diffusion_lab.sharded import blocks, is_sharded, shard
-from diffusion_lab.typing import DenoiserFn
+from diffusion_lab.typing import Cond, DenoiserFn
 
 
 def seed_global(seed: int, device: torch.device) -> None:
@@ -233,10 +233,15 @@ class DiffusionModule(pl.LightningModule):
             seed=self.seed, step=step, positions=rows, total=self.global_batch_size, device=x0.device
         )
         cond = {name: value for name, value in batch.items() if name != "x0"} or None
-        terms: LossTerms = self.loss(self.denoiser, x0, cond, rng)
+        terms = self.losses(x0, cond, rng)
         values = {field.name: getattr(terms, field.name) for field in fields(terms)}
         self.terms.append(replace(terms, **{name: value.detach() for name, value in values.items()}))
         return terms.total
+
+    def losses(self, x0: Tensor, cond: Cond | None, rng: StepRNG) -> LossTerms:
+        """Return the losses of one micro-batch of clean examples; what a module with more than a denoiser overrides."""
+        terms: LossTerms = self.loss(self.denoiser, x0, cond, rng)
+        return terms
 
     def step_loss(self) -> Tensor:
         """Mean loss of the current step on this process, 0-d, still on its device."""

@@ -1,5 +1,6 @@
 """Every experiment file trains a few steps, from the command line to the finished run folder."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,14 @@ from diffusion_lab.app import cli
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.help import options
 
+
+def taught(experiment):
+    """Whether an experiment distils: its method asks for a teacher."""
+    text = (cli.conf_folder() / "experiment" / f"{experiment}.yaml").read_text()
+    method = re.search(r"override /method: (\w+)", text)
+    return method and "teacher:" in (cli.conf_folder() / "method" / f"{method[1]}.yaml").read_text()
+
+
 # those at a paper's own scale are composed and built in test_conf.py
 EXPERIMENTS = [
     name
@@ -17,12 +26,27 @@ EXPERIMENTS = [
 ]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+# a student is trained from the command line in test_teacher.py
+MARKED = [pytest.param(name, marks=pytest.mark.slow) if taught(name) else name for name in EXPERIMENTS]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    root = tmp_path_factory.mktemp("teacher")
+    words = ["experiment=digits/quickstart", "debug=fast", "trainer=cpu", f"paths.runs={root}"]
+    assert cli.main("train", [*words, "~callbacks.sample_grid", "~callbacks.frechet"]) == 0
+    return root / "debug" / "digits" / "quickstart" / "latest"
+
+
+@pytest.mark.parametrize("experiment", MARKED)
 def test_every_experiment_trains_a_few_steps(experiment, tmp_path, monkeypatch, request):
     if experiment.startswith("mnist/"):
         request.getfixturevalue("data_root")
     monkeypatch.setattr(sys, "argv", ["train.py"])
     arguments = [f"experiment={experiment}", "debug=fast", "trainer=cpu", f"paths.runs={tmp_path}"]
+    if taught(experiment):
+        # four steps are enough for three halvings
+        arguments += [f"method.teacher.run={request.getfixturevalue('teacher')}", "method.steps_from=8"]
     assert cli.main("train", arguments) == 0
     folder = tmp_path / "debug" / experiment / "latest"
     config = read_run(Path(folder))

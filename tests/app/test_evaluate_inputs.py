@@ -193,9 +193,7 @@ def test_statistics_from_elsewhere_need_the_published_features(trained, pictures
     assert "those of the published Inception network" in capsys.readouterr().err
 
 
-def test_a_pass_in_blocks_by_two_processes_gives_the_same_bits_and_goes_on_where_it_stopped(
-    trained, tmp_path, monkeypatch, capsys
-):
+def test_a_pass_in_blocks_goes_on_where_it_stopped_with_the_same_bits(trained, tmp_path, monkeypatch, capsys):
     from diffusion_lab.app import measuring
 
     images = digits("train")[0]

@@ -63,6 +63,7 @@ def test_the_bound_of_a_run_with_the_ends_that_it_learnt(trained, tmp_path, caps
         assert words in out, words
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_and_with_any_batch_size_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
     words = ("metrics.draws=2", "num_images=200")
     evaluate(trained, tmp_path / "whole", *words)
@@ -112,6 +113,7 @@ def test_what_is_done_otherwise_is_seen(trained, tmp_path):
     assert last(tmp_path)["value"] == plain["value"]
 
 
+@pytest.mark.slow
 def test_the_ode_with_each_dequantisation(trained, tmp_path, capsys):
     pytest.importorskip("torchode")
     few = ("metrics=bpd_ode", "num_images=4", "metrics.steps=2", "metrics.dequantisation_images=256")

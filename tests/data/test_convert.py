@@ -517,3 +517,11 @@ def test_the_command_line(folder, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "dataset=shards" in done.stdout and "num_classes=2" in done.stdout
+
+
+def test_a_misspelt_option_is_one_line_with_the_nearest(tmp_path, capsys):
+    assert convert.main([str(tmp_path), "--verfy"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: unrecognized arguments: --verfy; did you mean --verify?\n"
+    assert convert.main([]) == 2
+    assert capsys.readouterr().err.endswith("source; see --help\n")

@@ -145,6 +145,7 @@ def through_inception(random_inception):
     return sets, network(samples), network(real)
 
 
+@pytest.mark.slow
 def test_inception_gives_the_kid_score_precision_and_recall_of_torch_fidelity(through_inception):
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -167,6 +168,7 @@ def test_inception_gives_the_kid_score_precision_and_recall_of_torch_fidelity(th
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_inception_gives_the_moments_of_torch_fidelity(through_inception):
     """The distance itself takes a root of a matrix of 2048 rows: the slow test below."""
     sets, (samples, _), _ = through_inception

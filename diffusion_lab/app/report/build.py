@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from diffusion_lab.app import record
+from diffusion_lab.app import record, scores
 from diffusion_lab.app.display import clock, newest, read_metrics
 from diffusion_lab.app.report import figures, page
 from diffusion_lab.app.report.charts import charts
@@ -110,16 +110,16 @@ def _metrics(folder: RunFolder) -> str:
     if not evaluations:
         return ""
     # a trial with few samples must not take the place of a score that may be quoted
-    # of samples and of the likelihood, the newest of each
+    # of samples and of the likelihood, the best of each
     cards = ""
     for judged in (True, False):
-        kind = [item for item in evaluations if (item.get("samples") is not None) == judged]
-        quotable = [item for item in kind if not any(map(_deviations, item["records"]))]
-        cards += "".join(_number(item) for newest in (quotable or kind)[-1:] for item in newest["records"])
+        found = scores.best([item for item in evaluations if (item.get("samples") is not None) == judged])
+        cards += "".join(map(_number, found["records"])) if found is not None else ""
+    numbers = f'<div class="numbers">{cards}</div>' if cards else ""
     lines = "".join(_protocol_line(evaluation) for evaluation in reversed(evaluations))
     return page.section(
         "Scores",
-        f'<div class="numbers">{cards}</div>'
+        f"{numbers}"
         '<div class="scroll"><table><thead><tr><th>measure</th><th class="right">value</th>'
         '<th class="right">real data</th><th class="right">NFE</th><th>weights</th><th>sampler</th></tr></thead>'
         f"<tbody>{lines}</tbody></table></div>",
@@ -129,7 +129,8 @@ def _metrics(folder: RunFolder) -> str:
 def _number(item: Mapping[str, Any]) -> str:
     beside = ""
     if item.get("real") is not None:
-        kind = "for as many real images"
+        n = item.get("real_n")
+        kind = "for as many real images" if n in (None, item.get("n")) else f"for {n:,} real images"
         if item.get("better", "lower") == "lower":
             kind += ", the floor"
         beside = f"<small>{html.escape(_value(item, 'real'))} {kind}</small>"
@@ -146,13 +147,16 @@ def _deviations(item: Mapping[str, Any]) -> str:
 def _value(item: Mapping[str, Any], key: str) -> str:
     if item.get(key) is None:
         return "–"
-    # records older than the key are shares where they are accuracies
-    share = item.get("percent", item["metric"] == "accuracy")
-    return f"{100 * item[key]:.2f} %" if share else f"{item[key]:.4g}"
+    return scores.number(item, key)
 
 
 def _protocol_line(evaluation: Mapping[str, Any]) -> str:
     cells = []
+    of = (
+        ""
+        if evaluation.get("own", True)
+        else f'<br><span class="warn">{html.escape(str(evaluation["run"]))}</span>'
+    )
     for item in evaluation["records"]:
         conditions = str(item.get("conditions", "")).partition(" | DEVIATES: ")[0]
         deviations = _deviations(item)
@@ -160,7 +164,7 @@ def _protocol_line(evaluation: Mapping[str, Any]) -> str:
         source = item.get("source") or {}
         nfe = source.get("nfe")
         cells.append(
-            f'<tr class="value"><td>{html.escape(item["label"])}</td>'
+            f'<tr class="value"><td>{html.escape(item["label"])}{of}</td>'
             f'<td class="right">{_value(item, "value")}</td><td class="right">{_value(item, "real")}</td>'
             f'<td class="right">{"?" if nfe is None else nfe}</td>'
             f"<td>{html.escape(str(source.get('ema', '?')))}</td>"
