@@ -9,8 +9,8 @@ or example, and with our batch size, learning rate, decay and average ("tuned").
 parameters.
 
 What is compared is the Fréchet distance of samples to the 60,000 training images on the features of mnist-cnn. Each
-model is sampled in 50 steps by DDIM and by its stochastic form (eta = 1); the better of the two counts. Noise on the way
-mends what a network that has not trained long gets wrong in the large. The floor is the
+model is sampled in 50 steps by DDIM and by its stochastic form (eta = 1); the better of the two counts. Noise on the
+way mends what a network that has not trained long gets wrong in the large. The floor is the
 same distance of as many real test images. Models and figures are kept below --runs: a script that was stopped goes on.
 Results: benchmarks/results/quality.json; samples side by side in docs/images/quality.png.
 """
