@@ -135,6 +135,7 @@ def test_what_cannot_be_scored_is_a_dash_with_a_reason(trained, sweep, tmp_path)
     assert "nowhere.safetensors" in page.text and "<sup>1</sup>" in page.text and page.err == ""
 
 
+@pytest.mark.slow
 def test_several_runs_share_a_page_among_the_runs(trained, sweep, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(trained, other)

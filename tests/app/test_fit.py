@@ -30,6 +30,7 @@ GRIDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "grid", [GRIDS["gits"], pytest.param(GRIDS["ays"], marks=pytest.mark.slow)], ids=GRIDS.keys()
 )

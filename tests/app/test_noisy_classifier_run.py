@@ -65,6 +65,7 @@ def sample(out, run, *more, code=0):
     return tiny_runs.images_of(out)[0] if code == 0 else None
 
 
+@pytest.mark.slow
 def test_it_guides_samples(runs, tmp_path):
     denoiser, classifier = runs
     words = ["guidance=classifier", f"guidance.classifier.run={classifier}"]

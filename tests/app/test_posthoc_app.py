@@ -102,6 +102,7 @@ def test_samples_of_a_tracked_width_are_those_of_the_tracked_average(run, tmp_pa
     assert told["weights"]["ema"] == "posthoc_0.1" and told["weights"]["source"] == str(run / "snapshots")
 
 
+@pytest.mark.slow
 def test_a_sweep_of_widths_ends_in_a_page_that_marks_the_best(run, capsys):
     widths = ["posthoc_0.05", "posthoc_0.1", "posthoc_0.2", "posthoc_0.1@320"]
     words = [f"run={run}", f"ema={','.join(widths)}", f"num_samples={N}", "--multirun"]

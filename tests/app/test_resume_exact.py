@@ -59,6 +59,7 @@ def test_kill_matrix(tmp_path, uninterrupted, workers, repeat):
     assert_equal(folder, uninterrupted)
 
 
+@pytest.mark.slow
 def test_two_loader_workers_change_nothing(tmp_path, uninterrupted):
     folder = tiny_runs.train(tmp_path, "dataset.num_workers=2", max_images=LONG)
     assert_equal(folder, uninterrupted)
@@ -158,6 +159,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, capsys, monkeypatch):
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_too_and_ends_with_130(tmp_path):
     folder = tmp_path / "digits" / "quickstart" / "k"
     process = tiny_runs.start("train.py", *words(tmp_path, "run_id=k", images=100_000))

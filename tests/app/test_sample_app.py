@@ -60,6 +60,7 @@ def test_the_number_of_samples_does_not_matter(whole, trained, tmp_path):
     assert (images == whole[1][:70]).all()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_images_of_one(whole, trained, tmp_path):
     images, labels = sample(tmp_path / "s", trained, "devices=2", "batch_size=64")
     assert (images == whole[1]).all() and (labels == whole[2]).all()

@@ -133,6 +133,7 @@ def draw_b(weight, sampler=PLAIN, steps=512, n=20_000):
     return draw(wrapped, sampler, cosine_levels(steps), y, (1, 2, n))[..., 1, :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "row"), [(DDPM(), (1.14, 0.226)), (CORRECTED, (1.32, 0.198))], ids=["plain", "langevin"]
 )

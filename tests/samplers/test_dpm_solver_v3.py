@@ -99,6 +99,7 @@ def test_one_step_on_gaussian_data_is_exact(levels):
     assert float(seen[0]) == pytest.approx(exact, rel=1.5 * 0.1 * d**2 / 8)
 
 
+@pytest.mark.slow
 def test_s_and_b_are_the_regression_of_the_derivative_of_f(fitted):
     # f' by finite differences along the ODE, from Heun steps too small to matter
     vp, problem, index = INTERPOLANTS["vp"], mixture_1d(INTERPOLANTS["vp"]), 90

@@ -45,6 +45,7 @@ def test_laws(window, tolerance):
     laws.check_everything(ParaDiGMS(window=window, tolerance=tolerance))
 
 
+@pytest.mark.slow
 def test_order_is_ddims():
     laws.check_order(ParaDiGMS(window=40, tolerance=0.0), 1)
 

@@ -20,6 +20,7 @@ COLUMNS = {
     "EMACallback": (),
     "EMASnapshots": (),
     "FrechetDuringTraining": ("fd",),
+    "KeptWeights": (),
     "GradientNorm": ("gradient_norm",),
     "LossByNoiseLevel": (),
     "Preemption": (),
