@@ -25,7 +25,7 @@ from diffusion_lab.images import QUANTISATION
 from diffusion_lab.metrics.collect import UNQUANTISED, Collected, spread
 from diffusion_lab.metrics.features import FeatureExtractor, offered
 from diffusion_lab.metrics.inception import NAME as INCEPTION
-from diffusion_lab.metrics.measures.base import HELD_OUT, REAL, REFERENCE, SAMPLES, TRAIN, Measure, hindrance
+from diffusion_lab.metrics.measures.base import HELD_OUT, REAL, REFERENCE, SAMPLES, TRAIN, Measure, applicable
 from diffusion_lab.metrics.protocol import Protocol, Record, Source, standard_protocol
 from diffusion_lab.metrics.quality import USUAL, judge
 from diffusion_lab.metrics.statistics_file import holds_images, holds_statistics, read_statistics
@@ -229,16 +229,12 @@ def score(
         other, place = sets[REAL]
         rows = spread(len(other), len(images))
         sets[REAL] = some(other, rows, REAL), replace(place, spread=len(images))
-    applicable = []
-    for measure in eye.measures:
-        reason = hindrance(measure, eye.extractor, sets, labelled=samples.labels is not None)
-        if not reason:
-            applicable.append(measure)
-        elif on_hindrance is not None:
-            on_hindrance(measure.name, reason)
-    if not applicable:
+    measures = applicable(
+        eye.measures, eye.extractor, sets, labelled=samples.labels is not None, on_hindrance=on_hindrance
+    )
+    if not measures:
         raise UserError("none of the measures applies to these samples and features")
-    eye = replace(eye, measures=applicable)
+    eye = replace(eye, measures=measures)
     cache = cache_folder()
     try:
         found = {
@@ -246,14 +242,14 @@ def score(
             if isinstance(one, Collected)
             else look(one[0], one[1], part, eye, cache=cache, keep=part != SAMPLES, devices=devices)
             for part, one in sets.items()
-            if part in (SAMPLES, REFERENCE) or _used(applicable, part)
+            if part in (SAMPLES, REFERENCE) or _used(measures, part)
         }
         lossy = getattr(images, "quantisation", "")
         if lossy:
             found[SAMPLES] = replace(found[SAMPLES], quantisation=lossy)
         return judge(
             found,
-            measures=applicable,
+            measures=measures,
             protocol=yard.protocol or yard.standard(len(images)),
             source=samples.source,
             on_hindrance=on_hindrance,

@@ -31,7 +31,7 @@ from diffusion_lab.metrics.measures.base import (
     Measure,
     Reading,
     Sets,
-    hindrance,
+    applicable,
     wanted_of,
 )
 from diffusion_lab.metrics.measures.frechet import Frechet
@@ -211,13 +211,7 @@ def evaluate_images(
             quantisation=QUANTISATION if images.dtype == torch.uint8 else UNQUANTISED,
             train_n=len(stand_in.images),
         )
-    applicable = []
-    for measure in measures:
-        reason = hindrance(measure, extractor, there, labelled=labels is not None)
-        if not reason:
-            applicable.append(measure)
-        elif on_hindrance is not None:
-            on_hindrance(measure.name, reason)
+    measures = applicable(measures, extractor, there, labelled=labels is not None, on_hindrance=on_hindrance)
     sets = {
         part: collect_kept(
             one.images,
@@ -230,6 +224,6 @@ def evaluate_images(
             device=device,
         )
         for part, one in there.items()
-        if (wanted := wanted_of(applicable, part)) or part in (SAMPLES, REFERENCE)
+        if (wanted := wanted_of(measures, part)) or part in (SAMPLES, REFERENCE)
     }
-    return judge(sets, measures=applicable, protocol=protocol, source=source, on_hindrance=on_hindrance)
+    return judge(sets, measures=measures, protocol=protocol, source=source, on_hindrance=on_hindrance)

@@ -14,7 +14,7 @@ one file here, one in conf/measures and one test.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -129,6 +129,33 @@ def hindrance(
             if isinstance(held, Collected) and what not in held.kept:
                 return f"the statistics of the {part} do not hold {what!r}"
     return ""
+
+
+def applicable(
+    measures: Sequence[Measure],
+    extractor: FeatureExtractor,
+    there: Mapping[str, Any],
+    *,
+    labelled: bool,
+    on_hindrance: Callable[[str, str], None] | None = None,
+) -> list[Measure]:
+    """Return the measures that apply.
+
+    Args:
+        measures: The measures.
+        extractor: See `hindrance`.
+        there: See `hindrance`.
+        labelled: See `hindrance`.
+        on_hindrance: Called with name and reason of each of the others.
+    """
+    found = []
+    for measure in measures:
+        reason = hindrance(measure, extractor, there, labelled=labelled)
+        if not reason:
+            found.append(measure)
+        elif on_hindrance is not None:
+            on_hindrance(measure.name, reason)
+    return found
 
 
 def wanted_of(measures: Sequence[Measure], part: str) -> list[Collect]:

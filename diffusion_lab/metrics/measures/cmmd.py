@@ -17,14 +17,12 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffusion_lab.metrics.collect import Bank, Collect
-from diffusion_lab.metrics.features import FEATURES
+from diffusion_lab.metrics.measures.banks import OfBanks
 from diffusion_lab.metrics.measures.base import REAL, REFERENCE, SAMPLES, Quantity, Reading, Sets
 from diffusion_lab.metrics.neighbours import distances
 
@@ -33,7 +31,7 @@ OTHER_MMD = Quantity(name="cmmd", short="MMD", better="lower")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CMMD:
+class CMMD(OfBanks):
     """The maximum mean discrepancy under a Gaussian kernel.
 
     Attributes:
@@ -48,36 +46,17 @@ class CMMD:
 
     sigma: float = 10.0
     scale: float = 1000.0
-    output: str = FEATURES
-    most: int = 10_000
 
     name = "cmmd"
-    labels = False
 
     def __post_init__(self) -> None:
         if not self.sigma > 0:
             raise ValueError(f"sigma must be positive, not {self.sigma}")
 
-    @property
-    def bank(self) -> Bank:
-        """What it needs of a set."""
-        return Bank(self.output, self.most)
-
-    @property
-    def must(self) -> Mapping[str, Sequence[Collect]]:
-        """See `Measure`."""
-        return {SAMPLES: (self.bank,), REFERENCE: (self.bank,)}
-
-    @property
-    def may(self) -> Mapping[str, Sequence[Collect]]:
-        """See `Measure`."""
-        return {REAL: (self.bank,)}
-
     def __call__(self, sets: Sets) -> list[Reading]:
         """See `Measure`."""
-        reference = sets[REFERENCE].kept[self.bank].rows
-        samples = sets[SAMPLES].kept[self.bank].rows
-        real = sets[REAL].kept[self.bank].rows if REAL in sets else None
+        samples, reference, real = (self.rows(sets, part) for part in (SAMPLES, REFERENCE, REAL))
+        assert samples is not None and reference is not None
         within = self.spread(reference, reference)
 
         def distance(rows: Tensor) -> float:

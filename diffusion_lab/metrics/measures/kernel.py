@@ -15,20 +15,18 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffusion_lab.metrics.collect import Bank, Collect
-from diffusion_lab.metrics.features import FEATURES
+from diffusion_lab.metrics.measures.banks import OfBanks
 from diffusion_lab.metrics.measures.base import REAL, REFERENCE, SAMPLES, Quantity, Reading, Sets
 
 KERNEL = Quantity(name="kernel", short="KD", published="KID", better="lower")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernel:
+class Kernel(OfBanks):
     """The kernel distance.
 
     Attributes:
@@ -45,36 +43,17 @@ class Kernel:
     subsets: int = 100
     size: int = 1000
     seed: int = 2020
-    output: str = FEATURES
-    most: int = 10_000
 
     name = "kernel"
-    labels = False
 
     def __post_init__(self) -> None:
         if self.subsets < 1 or self.size < 2:
             raise ValueError(f"{self.subsets} subsets of {self.size} images: one of two images is the least")
 
-    @property
-    def bank(self) -> Bank:
-        """What it needs of a set."""
-        return Bank(self.output, self.most)
-
-    @property
-    def must(self) -> Mapping[str, Sequence[Collect]]:
-        """See `Measure`."""
-        return {SAMPLES: (self.bank,), REFERENCE: (self.bank,)}
-
-    @property
-    def may(self) -> Mapping[str, Sequence[Collect]]:
-        """See `Measure`."""
-        return {REAL: (self.bank,)}
-
     def __call__(self, sets: Sets) -> list[Reading]:
         """See `Measure`."""
-        reference = sets[REFERENCE].kept[self.bank].rows
-        samples = sets[SAMPLES].kept[self.bank].rows
-        real = sets[REAL].kept[self.bank].rows if REAL in sets else None
+        samples, reference, real = (self.rows(sets, part) for part in (SAMPLES, REFERENCE, REAL))
+        assert samples is not None and reference is not None
         value, spread = self.distance(samples, reference)
         return [
             Reading(

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from diffusion_lab.metrics.collect import Bank, Collect, Collected
-from diffusion_lab.metrics.features import FEATURES
+from diffusion_lab.metrics.measures.banks import OfBanks
 from diffusion_lab.metrics.measures.base import HELD_OUT, SAMPLES, TRAIN, Quantity, Reading, Sets
 from diffusion_lab.metrics.neighbours import nearest
 
@@ -33,7 +33,7 @@ NEAREST = Quantity(name="nearest_train", short="distance to train", better="high
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memorisation:
+class Memorisation(OfBanks):
     """Share of copies, and mean distance to the nearest training image.
 
     Attributes:
@@ -48,21 +48,13 @@ class Memorisation:
     """
 
     ratio: float = 1 / 3
-    output: str = FEATURES
-    most: int = 10_000
     train_most: int = 50_000
 
     name = "memorisation"
-    labels = False
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio must be between 0 and 1, not {self.ratio}")
-
-    @property
-    def bank(self) -> Bank:
-        """What it needs of the samples and of held-out images."""
-        return Bank(self.output, self.most)
 
     @property
     def train_bank(self) -> Bank:

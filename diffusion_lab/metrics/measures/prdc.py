@@ -10,11 +10,10 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from diffusion_lab.metrics.collect import Bank, Collect, Collected
-from diffusion_lab.metrics.features import FEATURES
+from diffusion_lab.metrics.collect import Collected
+from diffusion_lab.metrics.measures.banks import OfBanks
 from diffusion_lab.metrics.measures.base import REAL, REFERENCE, SAMPLES, Quantity, Reading, Sets
 from diffusion_lab.metrics.neighbours import Manifolds, manifolds
 
@@ -27,7 +26,7 @@ QUANTITIES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PRDC:
+class PRDC(OfBanks):
     """Precision, recall, density and coverage.
 
     Attributes:
@@ -39,26 +38,8 @@ class PRDC:
 
     k: int = 3
     k_density: int = 5
-    output: str = FEATURES
-    most: int = 10_000
 
     name = "prdc"
-    labels = False
-
-    @property
-    def bank(self) -> Bank:
-        """What it needs of a set."""
-        return Bank(self.output, self.most)
-
-    @property
-    def must(self) -> Mapping[str, Sequence[Collect]]:
-        """See `Measure`."""
-        return {SAMPLES: (self.bank,), REFERENCE: (self.bank,)}
-
-    @property
-    def may(self) -> Mapping[str, Sequence[Collect]]:
-        """See `Measure`."""
-        return {REAL: (self.bank,)}
 
     def __call__(self, sets: Sets) -> list[Reading]:
         """See `Measure`."""
