@@ -28,7 +28,7 @@ from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.evaluate import read_samples
 from diffusion_lab.app.judging import Samples, Yardstick, score, yardstick
 from diffusion_lab.app.record import read
-from diffusion_lab.data.stored_images import Held
+from diffusion_lab.data.image_sets import Held
 from diffusion_lab.metrics.protocol import Source
 
 N = 500

@@ -10,7 +10,7 @@ With several runs in one sweep the recorded nodes must agree, for Hydra composes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,16 @@ def split_override(argument: str) -> tuple[str, str] | None:
         return None
     key, value = argument.split("=", 1)
     return key.lstrip("+~").split("@")[0], value
+
+
+def top_key(word: str) -> str:
+    """Return the first part of a typed word's key: `optimizer` of `+optimizer.lr=1`."""
+    return word.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
+
+
+def typed(words: Iterable[Any] | None, keys: Container[str]) -> list[str]:
+    """Return the typed words that set one of `keys`, or something in it."""
+    return [str(word) for word in words or () if top_key(str(word)) in keys]
 
 
 def is_multirun(argv: Sequence[str]) -> bool:

@@ -33,7 +33,8 @@ from diffusion_lab.app.judging import Samples, Yardstick, score, yardstick
 from diffusion_lab.app.messages import translate
 from diffusion_lab.app.places import workplace
 from diffusion_lab.app.sheet import First, Row, Sheet, differing, grouped
-from diffusion_lab.data.stored_images import ImageSet, split_of
+from diffusion_lab.data.image_sets import ImageSet
+from diffusion_lab.data.stored_images import split_of
 from diffusion_lab.files import write_atomically
 from diffusion_lab.metrics.protocol import Record
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from diffusion_lab.app.choices import top_key
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -73,7 +75,7 @@ def check_config(session: Session, cfg: DictConfig) -> None:
 
 def _of_sweep(argument: str) -> bool:
     """Whether a word of the command line says how a sweep is run."""
-    return argument.lstrip("+~").partition("=")[0].partition(".")[0] in SWEEPING
+    return top_key(argument) in SWEEPING
 
 
 def _name(choices: Mapping[str, Any]) -> str:

@@ -33,7 +33,8 @@ from diffusion_lab.app.measuring import Place
 from diffusion_lab.app.places import workplace
 from diffusion_lab.app.run import RunFolder
 from diffusion_lab.app.sample import default_out, draw, find_done
-from diffusion_lab.data.stored_images import Held, Mapped, open_images, some
+from diffusion_lab.data.image_sets import Held, Mapped, some
+from diffusion_lab.data.stored_images import open_images
 from diffusion_lab.images import visible
 from diffusion_lab.metrics.protocol import ALL_LABELS, UNKNOWN, Record, Source
 

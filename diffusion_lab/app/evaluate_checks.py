@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from diffusion_lab.app.choices import typed
 from diffusion_lab.app.errors import UserError, nearest, one_line
-from diffusion_lab.app.judging import SPLITS, Yardstick
-from diffusion_lab.data.stored_images import said
+from diffusion_lab.app.judging import SPLITS, Yardstick, check_shape
 from diffusion_lab.metrics.collect import Collected
 from diffusion_lab.metrics.measures.base import REFERENCE, SAMPLES, TRAIN, hindrance
 
@@ -37,10 +37,8 @@ def check_words(config: Mapping[str, Any]) -> None:
     """
     if config["samples"] is None:
         return
-    for word in config.get("overrides") or []:
-        key = str(word).lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
-        if key in NO_PART:
-            raise UserError(f"{word}: has no part in scoring samples that exist, samples={config['samples']}")
+    for word in typed(config.get("overrides"), NO_PART):
+        raise UserError(f"{word}: has no part in scoring samples that exist, samples={config['samples']}")
 
 
 def check_paths(config: Mapping[str, Any]) -> None:
@@ -81,12 +79,7 @@ def check_fit(yard: Yardstick, n: int, *, labelled: bool) -> None:
         raise UserError(f"num_samples={n}: a distance needs at least two images")
     real = yard.there[TRAIN][0]
     if REFERENCE in yard.there:
-        other = yard.there[REFERENCE][0]
-        if tuple(other.shape) != tuple(real.shape):
-            raise UserError(
-                f"these samples cannot be scored: they are {said(real.shape)}, {other.name} is {said(other.shape)}; "
-                "nothing is resized here, for that changes every number"
-            )
+        check_shape(real, yard.there[REFERENCE][0])
     eye = yard.eye
     blank = torch.zeros(2, *real.shape, dtype=torch.uint8 if real.quantised else torch.float32)
     try:

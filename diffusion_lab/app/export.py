@@ -32,7 +32,7 @@ from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.errors import UserError, did_you_mean
 from diffusion_lab.app.run import RunFolder, identity
 from diffusion_lab.app.teacher import portable
-from diffusion_lab.files import write_atomically
+from diffusion_lab.files import replacing, write_atomically
 from diffusion_lab.modules.errors import RunError
 
 RAW = "raw"
@@ -278,9 +278,8 @@ def _save(tensors: Mapping[str, Tensor], path: Path, facts: dict[str, str]) -> P
 
     # tied weights would be refused: each name gets its own copy
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    aside = path.with_name(f".{path.name}.tmp")
-    save_file(whole, aside, metadata=facts)
-    aside.replace(path)
+    with replacing(path) as aside:
+        save_file(whole, aside, metadata=facts)
     return path
 
 

@@ -24,7 +24,7 @@ from diffusion_lab.app.places import workplace
 from diffusion_lab.app.run import digest
 from diffusion_lab.app.stored import TARGET, placed
 from diffusion_lab.denoisers.bridge import BridgeField
-from diffusion_lab.files import write_atomically
+from diffusion_lab.files import replacing, write_atomically
 from diffusion_lab.images import to_float
 from diffusion_lab.rng import SampleRNG
 
@@ -112,10 +112,8 @@ def _sampler(
         from safetensors.torch import save_file
 
         tensors = _fit(part, "sampler", generation, loaded, device)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}.tmp")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, aside)
-        aside.replace(file)
+        with replacing(file) as aside:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, aside)
         print(f"sampler fitted and kept in {file}")
     return {**generation["sampler"], "statistics": str(file)}
 

@@ -12,7 +12,6 @@ another day, go on with the same y.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from diffusion_lab.app.build import data_module, instantiate
 from diffusion_lab.app.errors import UserError, one_line, similar_folder
 from diffusion_lab.data.image_folder import BROKEN, SUFFIXES, eight_bits
+from diffusion_lab.files import replacing
 from diffusion_lab.images import to_float
 from diffusion_lab.measurements import measure
 from diffusion_lab.rng import SampleRNG, derive_seed
@@ -69,11 +69,8 @@ class Measured:
 
     def write(self, folder: Path) -> None:
         """Keep them beside the parts of a job."""
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{FILE}.{os.getpid()}.tmp"
-        with aside.open("wb") as file:
+        with replacing(folder / FILE) as aside, aside.open("wb") as file:
             np.savez(file, x0=self.x0.numpy(), y=self.y.numpy())
-        aside.replace(folder / FILE)
 
     def rows(self, owners: Sequence[int], device: torch.device | str) -> Tensor:
         """Return the measurements of the inputs that samples belong to, `(len(owners), *M)`."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from diffusion_lab.app.build import are_pixels, data_module, instantiate
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.measuring import Eye, Place, look
-from diffusion_lab.data.stored_images import ImageSet, said, some, split_of
+from diffusion_lab.data.image_sets import ImageSet, said, some
+from diffusion_lab.data.stored_images import split_of
 from diffusion_lab.images import QUANTISATION
 from diffusion_lab.metrics.collect import UNQUANTISED, Collected, spread
 from diffusion_lab.metrics.features import FeatureExtractor, offered
@@ -211,12 +212,7 @@ def score(
     """
     images, eye = samples.images, yard.eye
     for other, _ in yard.there.values():
-        if tuple(other.shape) != tuple(images.shape):
-            hint = "; nothing is resized here, for that changes every number"
-            raise UserError(
-                f"these samples cannot be scored: they are {said(images.shape)}, {other.name} is {said(other.shape)}"
-                f"{hint}"
-            )
+        check_shape(images, other)
     n = len(images)
     if n < 2:
         raise UserError(
@@ -244,9 +240,8 @@ def score(
             for part, one in sets.items()
             if part in (SAMPLES, REFERENCE) or _used(measures, part)
         }
-        lossy = getattr(images, "quantisation", "")
-        if lossy:
-            found[SAMPLES] = replace(found[SAMPLES], quantisation=lossy)
+        if images.quantisation:
+            found[SAMPLES] = replace(found[SAMPLES], quantisation=images.quantisation)
         return judge(
             found,
             measures=measures,
@@ -256,6 +251,19 @@ def score(
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"these samples cannot be scored: {error}") from error
+
+
+def check_shape(images: ImageSet, other: ImageSet) -> None:
+    """Refuse samples of another shape than what they are compared with.
+
+    Raises:
+        UserError: If they differ.
+    """
+    if tuple(other.shape) != tuple(images.shape):
+        raise UserError(
+            f"these samples cannot be scored: they are {said(images.shape)}, {other.name} is {said(other.shape)}; "
+            "nothing is resized here, for that changes every number"
+        )
 
 
 def _with_images(yard: Yardstick, devices: int) -> Collected:

@@ -25,6 +25,7 @@ from diffusion_lab.app.choices import override
 from diffusion_lab.app.errors import UserError, did_you_mean, one_line
 from diffusion_lab.data.errors import DataError
 from diffusion_lab.data.pictures import reason
+from diffusion_lab.files import replacing
 
 SHARED = {
     "autoencoder": None,
@@ -306,10 +307,8 @@ def _decode(words: list[str]) -> None:
     record.write(
         out / "record.json", {**told, "decoded": {"from": str(samples), "autoencoder": autoencoder.facts}}
     )
-    aside = out / ".samples.npz.tmp"
-    with aside.open("wb") as file:
+    with replacing(out / "samples.npz") as aside, aside.open("wb") as file:
         np.savez(file, images=images, labels=labels)
-    aside.replace(out / "samples.npz")
     print(f"picture  {out / 'grid.png'}\nimages   {out / 'samples.npz'}")
 
 

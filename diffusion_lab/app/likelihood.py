@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.app import scores
 from diffusion_lab.app.build import Loaded, are_pixels, data_module, instantiate, load_denoiser, seeded
+from diffusion_lab.app.choices import top_key, typed
 from diffusion_lab.app.display import facts_table, show, shown
 from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.job import block_size, device_of
@@ -99,11 +100,13 @@ def run(config: Mapping[str, Any], folder: Path, trained: Mapping[str, Any]) -> 
 
 def _refuse(config: Mapping[str, Any]) -> None:
     """Words that would be without effect are a mistake."""
-    for word in config.get("overrides") or []:
-        key = str(word).lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
-        if key in NO_PART:
-            why = "; the likelihood is of test images: num_images says how many" if "samples" in key else ""
-            raise UserError(f"{word}: has no part in metrics=bpd{why}")
+    for word in typed(config.get("overrides"), NO_PART):
+        why = (
+            "; the likelihood is of test images: num_images says how many"
+            if "samples" in top_key(word)
+            else ""
+        )
+        raise UserError(f"{word}: has no part in metrics=bpd{why}")
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -126,8 +129,8 @@ def _images(trained: Mapping[str, Any], loaded: Loaded) -> Images:
 
 def _typed_schedule(config: Mapping[str, Any]) -> bool:
     """Whether the command line has a schedule of its own."""
-    words = [str(word).lstrip("+~").partition("=")[0] for word in config.get("overrides") or []]
-    return any(word.partition(".")[0] == "schedule" for word in words)
+    words = [word for word in config.get("overrides") or () if "@" not in str(word).partition("=")[0]]
+    return bool(typed(words, ("schedule",)))
 
 
 def _schedule(config: Mapping[str, Any], folder: Path, loaded: Loaded) -> Schedule:

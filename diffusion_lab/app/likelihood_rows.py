@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from diffusion_lab.app.display import Ticker
 from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.parts import blocks_at_once
-from diffusion_lab.files import write_atomically
+from diffusion_lab.files import replacing, write_atomically
 from diffusion_lab.images import to_float
 from diffusion_lab.likelihood import BitsPerDimODE, Meter
 from diffusion_lab.losses.vlb_terms import Levels
@@ -121,10 +121,8 @@ def learned_dequantisation(
             denoiser, schedule, images.levels, floats, cond, seed=job.seed, on_step=lambda done, _: ticker.update(done)
         )  # fmt: skip
     ticker.close()
-    job.where.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.tmp")
-    save_file({name: value.cpu().contiguous() for name, value in learned.state_dict().items()}, aside)
-    aside.replace(file)
+    with replacing(file) as aside:
+        save_file({name: value.cpu().contiguous() for name, value in learned.state_dict().items()}, aside)
     return learned
 
 
@@ -203,20 +201,16 @@ def finished(parts: Path, block: int, columns: int) -> dict[int, np.ndarray]:
 
 
 def _save(path: Path, rows: np.ndarray) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("wb") as file:
+    with replacing(path) as aside, aside.open("wb") as file:
         np.save(file, rows, allow_pickle=False)
-    aside.replace(path)
 
 
 def keep_images(where: Path, meter: Meter, rows: Tensor, images: Images, n: int) -> None:
     """Write what is known of every image to one file."""
     index = np.asarray(shuffled(len(images.x0))[:n])
     labels = np.full(n, -1) if images.labels is None else images.labels.numpy()[index]
-    aside = where / ".images.npz.tmp"
-    with aside.open("wb") as file:
+    with replacing(where / "images.npz") as aside, aside.open("wb") as file:
         np.savez_compressed(
             file, index=index, label=labels, value=meter.total(rows).numpy(), rows=rows.numpy(),
             columns=np.asarray(meter.columns),
         )  # fmt: skip
-    aside.replace(where / "images.npz")

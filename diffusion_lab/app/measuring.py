@@ -28,9 +28,10 @@ from diffusion_lab.app import launch
 from diffusion_lab.app.build import data_module, instantiate
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.errors import UserError
+from diffusion_lab.data.image_sets import ImageSet, some
 from diffusion_lab.data.progress import progress
-from diffusion_lab.data.stored_images import ImageSet, identity, open_images, some, split_of
-from diffusion_lab.files import write_atomically
+from diffusion_lab.data.stored_images import identity, open_images, split_of
+from diffusion_lab.files import replacing, write_atomically
 from diffusion_lab.metrics.collect import Collect, Collected, Piece, collect, spread
 from diffusion_lab.metrics.features import FeatureExtractor
 from diffusion_lab.metrics.measures.base import Measure, wanted_of
@@ -289,10 +290,8 @@ def _write(file: Path, block: Mapping[Collect, Any]) -> None:
     for what, collector in block.items():
         for key, value in collector.state_dict().items():
             state[f"{what!r}/{key}"] = value.contiguous()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file(state, aside)
-    os.replace(aside, file)
+    with replacing(file) as aside:
+        save_file(state, aside)
 
 
 def _read(file: Path, images: ImageSet, wanted: Sequence[Collect], eye: Eye) -> dict[Collect, Any] | None:

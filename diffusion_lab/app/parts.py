@@ -28,6 +28,7 @@ from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.inputs import FILE, Measured, read_measured
 from diffusion_lab.app.job import Job, read_job, streams
 from diffusion_lab.app.stored import placed
+from diffusion_lab.files import replacing
 from diffusion_lab.images import to_uint8
 from diffusion_lab.samplers.generate import Generation
 from diffusion_lab.typing import MEASUREMENT
@@ -242,7 +243,5 @@ class blocks_at_once:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("wb") as file:
+    with replacing(path) as aside, aside.open("wb") as file:
         np.save(file, array, allow_pickle=False)
-    os.replace(aside, path)

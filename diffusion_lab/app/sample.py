@@ -35,7 +35,7 @@ from diffusion_lab.app.job import STRIDE, Job, from_config, read_job
 from diffusion_lab.app.places import workplace
 from diffusion_lab.app.probe import Probed, check_labels, probe
 from diffusion_lab.app.run import digest
-from diffusion_lab.files import write_atomically
+from diffusion_lab.files import replacing, write_atomically
 from diffusion_lab.images import visible
 
 SHOWN_ROWS = 10
@@ -316,10 +316,8 @@ def _finish(
         sources.save_picture(images, begun, out / sources.PICTURE)
     save_grid(images, arrays["labels"], columns, out / "grid.png")
     record.write(out / "record.json", told)
-    aside = out / ".samples.npz.tmp"
-    with aside.open("wb") as file:
+    with replacing(out / "samples.npz") as aside, aside.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    aside.replace(out / "samples.npz")
     shutil.rmtree(folder)
     return told
 

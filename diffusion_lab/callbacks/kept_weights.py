@@ -7,13 +7,12 @@ modules have no such moments, and for them this does nothing.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 
 import lightning.pytorch as pl
 
 from diffusion_lab.callbacks.base import StepCallback, paused
+from diffusion_lab.files import replacing
 from diffusion_lab.modules.diffusion import DiffusionModule
 from diffusion_lab.modules.distillation import DistillationModule
 from diffusion_lab.modules.errors import CheckpointNotSaved
@@ -49,21 +48,14 @@ class KeptWeights(StepCallback):
         from safetensors.torch import save_file
 
         path = self.dirpath / f"{name}.safetensors"
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         tensors = {
             key: value.detach().cpu().contiguous().clone()
             for key, value in module.denoiser.state_dict().items()
         }
         facts = {"average": name, "images_seen": str(module.images_seen), "format": "diffusion_lab 1"}
         try:
-            self.dirpath.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, aside, metadata=facts)
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, path)
+            with replacing(path, flush=True) as aside:
+                save_file(tensors, aside, metadata=facts)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointNotSaved(f"{path} was not saved: {reason}; checkpoints are intact") from error
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)

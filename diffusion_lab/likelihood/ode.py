@@ -51,7 +51,7 @@ from torch import Tensor
 
 from diffusion_lab.process.broadcast import broadcast_right
 from diffusion_lab.rng import SampleRNG
-from diffusion_lab.samplers.adaptive_rk import METHODS
+from diffusion_lab.samplers.adaptive_rk import METHODS, solve
 from diffusion_lab.typing import Cond, DenoiserFn
 
 # calls of a step: the last stage of the methods of order 5 is the first of the next step
@@ -224,27 +224,20 @@ class ODELikelihood:
         self, slope: Callable[[Tensor, Tensor], Tensor], state: Tensor, first: float, last: float
     ) -> tuple[Tensor, Tensor]:
         """Return the state at the angle `last`, and the calls of each sample."""
-        # importing it takes a second: only for those who use it
-        import torchode
-
-        term = torchode.ODETerm(slope, with_stats=False)
-        solver = torchode.AutoDiffAdjoint(
-            getattr(torchode, METHODS[self.method])(term=term),
-            torchode.IntegralController(atol=self.atol, rtol=self.rtol, term=term, norm=_larger),
-            max_steps=self.max_steps,
-        ).to(state.device)
         start, end = (state.new_full((len(state),), angle) for angle in (first, last))
-        problem = torchode.InitialValueProblem(y0=state, t_start=start, t_end=end, t_eval=end[:, None])
-        solution = solver.solve(problem)
-        failed = solution.status.nonzero()[:, 0]
-        if len(failed):
-            reason = torchode.Status(int(solution.status[failed[0]])).name
-            raise RuntimeError(
-                f"the ODE solver gave up on sample {int(failed[0])} of the batch: {reason}; max_steps is "
-                f"{self.max_steps}, and a looser tolerance needs fewer"
-            )
+        state, steps = solve(
+            slope,
+            state,
+            start,
+            end,
+            method=self.method,
+            rtol=self.rtol,
+            atol=self.atol,
+            max_steps=self.max_steps,
+            norm=_larger,
+        )
         # two calls choose the first step
-        return solution.ys[:, 0], CALLS[self.method] * solution.stats["n_steps"] + 2
+        return state, CALLS[self.method] * steps + 2
 
     def _fixed(self, slope: Callable[[Tensor, Tensor], Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the state after `steps` steps of the classical Runge-Kutta method, equal in log-SNR."""

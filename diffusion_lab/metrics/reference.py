@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusion_lab.files import replacing
 from diffusion_lab.metrics.collect import Collect, Collected, Collector, collect, pieces_of
 from diffusion_lab.metrics.features import FeatureExtractor
 
@@ -83,13 +83,9 @@ class Shelf:
     def write(self, kept: Mapping[Collect, Collector]) -> None:
         """Keep summaries."""
         for what, collector in kept.items() if self.folder is not None else ():
-            path = self._path(what)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # two processes may make the same statistics at once
-            aside = path.with_name(f".{path.name}.{os.getpid()}")
             state = {name: value.contiguous() for name, value in collector.state_dict().items()}
-            save_file(state, aside, metadata={"made_as": json.dumps(self.key(what), sort_keys=True)})
-            os.replace(aside, path)
+            with replacing(self._path(what)) as aside:
+                save_file(state, aside, metadata={"made_as": json.dumps(self.key(what), sort_keys=True)})
 
     def _path(self, what: Collect) -> Path:
         assert self.folder is not None

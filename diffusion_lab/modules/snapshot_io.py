@@ -8,9 +8,7 @@ in order without a file being opened.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import struct
 from collections.abc import Collection, Mapping
@@ -20,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffusion_lab.files import replacing
 from diffusion_lab.modules.errors import CheckpointNotSaved
 
 NAME = re.compile(r"(.+)-(\d{10,})\.safetensors")
@@ -79,7 +78,6 @@ def save_snapshot(
     from safetensors.torch import save_file
 
     path = folder / f"{average}-{images_seen:010d}.safetensors"
-    aside = folder / f".{path.name}.{os.getpid()}.tmp"
     facts = {
         "format": "diffusion_lab snapshot 1",
         "average": average,
@@ -91,19 +89,13 @@ def save_snapshot(
         name: _stored(value, None if name in buffers else DTYPES[dtype]) for name, value in state.items()
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, metadata=facts)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with replacing(path, flush=True) as aside:
+            save_file(tensors, aside, metadata=facts)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointNotSaved(
             f"snapshot {path} was not saved: {reason}; earlier ones are intact"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
     return path
 
 

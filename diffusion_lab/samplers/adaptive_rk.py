@@ -27,6 +27,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,60 @@ from diffusion_lab.samplers.base import BoundDenoiser, check_grid
 from diffusion_lab.typing import Cond, DenoiserFn, OnStep
 
 METHODS = {"dopri5": "Dopri5", "tsit5": "Tsit5", "heun": "Heun"}
+
+
+def solve(
+    slope: Callable[[Tensor, Tensor], Tensor],
+    state: Tensor,
+    start: Tensor,
+    end: Tensor,
+    *,
+    method: str,
+    rtol: float,
+    atol: float,
+    max_steps: int,
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Solve an ODE, each sample by steps of its own.
+
+    Args:
+        slope: Times `(B,)` and states `(B, n)` to slopes `(B, n)`.
+        state: At the start, `(B, n)`.
+        start: Times of the start, `(B,)`.
+        end: Times of the end, `(B,)`.
+        method: One of `METHODS`.
+        rtol: Relative tolerance of a step.
+        atol: Absolute tolerance of a step.
+        max_steps: Attempted steps of a sample after which to give up.
+        norm: Scaled errors `(B, n)` to one number a sample, `(B,)`; None for the root mean square.
+
+    Returns:
+        The states at the end `(B, n)`, and the attempted steps of each sample `(B,)`.
+
+    Raises:
+        RuntimeError: If the solver gives up, after `max_steps` or because a value is not finite.
+    """
+    # importing it takes a second: only for those who use it
+    import torchode
+
+    term = torchode.ODETerm(slope, with_stats=False)
+    tolerances = {"atol": atol, "rtol": rtol, **({} if norm is None else {"norm": norm})}
+    solver = torchode.AutoDiffAdjoint(
+        getattr(torchode, METHODS[method])(term=term),
+        torchode.IntegralController(term=term, **tolerances),
+        max_steps=max_steps,
+    ).to(state.device)
+    # an evaluation point, not a bare end: a sample's result is then taken when it arrives, not when all have
+    problem = torchode.InitialValueProblem(y0=state, t_start=start, t_end=end, t_eval=end[:, None])
+    solution = solver.solve(problem)
+    failed = solution.status.nonzero()[:, 0]
+    if len(failed):
+        reason = torchode.Status(int(solution.status[failed[0]])).name
+        raise RuntimeError(
+            f"the ODE solver gave up on sample {int(failed[0])} of the batch: {reason}; max_steps is {max_steps}, "
+            "and a looser tolerance needs fewer"
+        )
+    return solution.ys[:, 0], solution.stats["n_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +159,6 @@ class AdaptiveRK:
 
     def _solve(self, bound: BoundDenoiser, x: Tensor, logsnr: Tensor, logsnr_next: Tensor) -> Tensor:
         """Return `x` moved from one level to a cleaner one along the ODE."""
-        # importing it takes a second: only for those who use it
-        import torchode
 
         def scale(level: Tensor) -> Tensor:
             alpha, sigma = bound.interpolant(level)
@@ -123,22 +176,14 @@ class AdaptiveRK:
         start, end = (
             torch.atan(torch.exp(-0.5 * level)).to(x.device).expand(len(x)) for level in (logsnr, logsnr_next)
         )
-        term = torchode.ODETerm(slope, with_stats=False)
-        solver = torchode.AutoDiffAdjoint(
-            getattr(torchode, METHODS[self.method])(term=term),
-            torchode.IntegralController(atol=self.atol, rtol=self.rtol, term=term),
+        state, _ = solve(
+            slope,
+            (x / scale(logsnr)).flatten(1),
+            start,
+            end,
+            method=self.method,
+            rtol=self.rtol,
+            atol=self.atol,
             max_steps=self.max_steps,
-        ).to(x.device)
-        # an evaluation point, not a bare end: a sample's result is then taken when it arrives, not when all have
-        problem = torchode.InitialValueProblem(
-            y0=(x / scale(logsnr)).flatten(1), t_start=start, t_end=end, t_eval=end[:, None]
         )
-        solution = solver.solve(problem)
-        failed = solution.status.nonzero()[:, 0]
-        if len(failed):
-            reason = torchode.Status(int(solution.status[failed[0]])).name
-            raise RuntimeError(
-                f"the ODE solver gave up on sample {int(failed[0])} of the batch: {reason}; max_steps is "
-                f"{self.max_steps}, and a looser tolerance needs fewer"
-            )
-        return scale(logsnr_next) * solution.ys[:, 0].reshape(x.shape)
+        return scale(logsnr_next) * state.reshape(x.shape)

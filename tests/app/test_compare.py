@@ -19,16 +19,10 @@ from diffusion_lab.app.report.comparison_text import variant
 from diffusion_lab.app.sheet import First, Row, Sheet, differing, grouped
 from diffusion_lab.metrics.protocol import Protocol, Record, Source
 
+pytestmark = pytest.mark.usefixtures("no_cache")
+
 N = 20
 LABEL = f"FD@{N} (digits-cnn)"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
 
 
 @pytest.fixture(scope="module")

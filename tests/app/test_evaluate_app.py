@@ -9,18 +9,7 @@ import tiny_runs
 from diffusion_lab.data.digits import Digits
 from diffusion_lab.metrics.protocol import Record
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return tiny_runs.train(tmp_path_factory.mktemp("runs")).resolve()
+pytestmark = pytest.mark.usefixtures("no_cache")
 
 
 def evaluate(run, *more, code=0):

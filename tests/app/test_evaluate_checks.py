@@ -13,13 +13,7 @@ from diffusion_lab.app.model_card import SHOWN, _quality
 from diffusion_lab.app.report import build
 from diffusion_lab.data.digits import Digits
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("no_cache")
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,7 @@ from PIL import Image
 
 from diffusion_lab.data.digits import Digits
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return tiny_runs.train(tmp_path_factory.mktemp("runs")).resolve()
+pytestmark = pytest.mark.usefixtures("no_cache")
 
 
 def evaluate(*words, code=0):
@@ -286,7 +275,8 @@ def test_lossy_pictures_say_so(trained, tmp_path):
 
 
 def test_another_set_on_the_disk_is_another_set(tmp_path):
-    from diffusion_lab.data.stored_images import Split, identity
+    from diffusion_lab.data.image_sets import Split
+    from diffusion_lab.data.stored_images import identity
 
     class Rows:
         def __init__(self, step):

@@ -9,11 +9,6 @@ import tiny_runs
 from diffusion_lab.app import fit
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return tiny_runs.train(tmp_path_factory.mktemp("runs")).resolve()
-
-
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     monkeypatch.setattr(fit, "EXAMPLES", 8)

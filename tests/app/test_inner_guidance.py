@@ -30,11 +30,6 @@ factor: 1.0
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return tiny_runs.train(tmp_path_factory.mktemp("runs")).resolve()
-
-
-@pytest.fixture(scope="module")
 def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     (folder / "stub_inner.py").write_text(STUB)
