@@ -26,5 +26,6 @@ def test_order_of_a_multistep_method_on_unequal_steps(steps):
     check_order(DPMSolverPP2M(), 2, **steps)
 
 
+@pytest.mark.slow
 def test_reference_is_converged():
     assert float((solve(Heun(), INTERPOLANTS["vp"], 10_000) - exact_ends()).abs().max()) < 1e-6

@@ -44,6 +44,7 @@ def assert_equal(folder, uninterrupted):
     assert len((folder / "metrics.csv").read_text().splitlines()) > LONG // 48
 
 
+@pytest.mark.slow
 def test_killed_twice_and_resumed_equals_uninterrupted_bitwise(tmp_path, uninterrupted):
     folder = killed_twice_and_resumed(tmp_path, workers=0, seed=random.randrange(2**31))
     assert_equal(folder, uninterrupted)
@@ -129,6 +130,7 @@ class Code:
         return (print, ("code ran",))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_carries_code_is_refused_on_the_command_line(tmp_path):
     folder = tiny_runs.train(tmp_path, "run_id=a", max_images=160)
     for path in (folder / "checkpoints").iterdir():

@@ -40,6 +40,7 @@ def fake(folder, init):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_everything_imports_after_diffusion_lab():
     code, out, err = run("""

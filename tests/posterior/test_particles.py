@@ -110,6 +110,7 @@ def test_two_particles_without_resampling_have_the_law_of_two_weighted_draws(pot
     assert abs(float((got**2).mean()) - square) < 4 * float((got**2).std()) / math.sqrt(n)
 
 
+@pytest.mark.slow
 def test_samples_converge_to_the_tilted_law():
     # N(0, V) tilted by exp(1.5 x) is N(1.5 V, V)
     errors = []

@@ -83,7 +83,12 @@ def drawn(variance, sampler, steps, assumed=1.0, n=20_000):
 
 
 @pytest.mark.parametrize(
-    ("variance", "row"), [(1.0, (0.917, 0.081)), (0.25, (0.650, 0.071)), (4.0, (0.994, 0.075))]
+    ("variance", "row"),
+    [
+        pytest.param(1.0, (0.917, 0.081), marks=pytest.mark.slow),
+        (0.25, (0.650, 0.071)),
+        pytest.param(4.0, (0.994, 0.075), marks=pytest.mark.slow),
+    ],
 )
 def test_table_6e_is_biased_away_from_unit_variance(variance, row):
     draws = drawn(variance, DDPM(), 1000)

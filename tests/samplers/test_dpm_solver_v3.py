@@ -22,12 +22,12 @@ LEVELS = torch.linspace(-10, 10, 201, dtype=D64)
 
 @pytest.fixture(scope="module")
 def fitted():
-    """Statistics of the 1-D mixture, from 1,000 of its samples."""
+    """Statistics of the 1-D mixture, from 250 of its samples."""
     draw = torch.Generator().manual_seed(0)
-    first = torch.rand(1000, 1, generator=draw) < 0.3
+    first = torch.rand(250, 1, generator=draw) < 0.3
     x0 = torch.where(first, -1.0, 0.8).to(D64)
-    x0 = x0 + torch.where(first, 0.2, 0.35) * torch.randn(1000, 1, generator=draw, dtype=D64)
-    return estimate(mixture_1d(INTERPOLANTS["vp"]), x0, LEVELS, rng=SampleRNG(range(1000)))
+    x0 = x0 + torch.where(first, 0.2, 0.35) * torch.randn(250, 1, generator=draw, dtype=D64)
+    return estimate(mixture_1d(INTERPOLANTS["vp"]), x0, LEVELS, rng=SampleRNG(range(250)))
 
 
 # ---- special cases ---------------------------------------------------------------------------------------------------
@@ -180,7 +180,9 @@ def smooth():
 @pytest.mark.parametrize(
     ("order", "corrector", "nominal"), [(1, False, 1), (2, False, 2), (1, True, 2), (2, True, 3)]
 )
-@pytest.mark.parametrize("statistics", ["noise", "data", "smooth"])
+@pytest.mark.parametrize(
+    "statistics", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("noise", "data")), "smooth"]
+)
 def test_order_of_convergence(order, corrector, nominal, statistics, smooth):
     chosen = {"noise": NOISE, "data": DATA, "smooth": smooth}[statistics]
     laws.check_order(DPMSolverV3(order=order, corrector=corrector, statistics=chosen), nominal)

@@ -104,9 +104,8 @@ def test_the_corrector_makes_a_difference_with_noise():
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("orders", "expected"), [pytest.param((2, 0), 2, marks=pytest.mark.slow), ((2, 3), 3)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("orders", "expected"), [((2, 0), 2), ((2, 3), 3)], ids=str)
 def test_order_without_noise(orders, expected):
     # (3, 4) is UniPC's order 4
     laws.check_order(solver(*orders, 0.0), expected)

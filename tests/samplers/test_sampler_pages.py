@@ -26,9 +26,9 @@ def test_write_your_own_sampler():
     names, code = run_page("samplers.md")
     body = code[code.index("class Ralston") :]
     assert len(body.strip().splitlines()) <= 22
-    sampler, reference = names["Ralston"](), solve(names["Ralston"](), INTERPOLANTS["vp"], 8000)
+    sampler, reference = names["Ralston"](), solve(names["Ralston"](), INTERPOLANTS["vp"], 4000)
     for interpolant in INTERPOLANTS.values():
-        errors = [float((solve(sampler, interpolant, n) - reference).abs().max()) for n in (160, 320)]
+        errors = [float((solve(sampler, interpolant, n) - reference).abs().max()) for n in (80, 160)]
         assert abs(math.log2(errors[0] / errors[1]) - 2) < 0.35
 
 
