@@ -91,7 +91,7 @@ def read_weights(folder: Path, ema: str | None) -> Weights:
     Args:
         folder: The folder.
         ema: Name of an average, "raw", or "posthoc_<width>[@<images>]" (see `posthoc.py`); None takes the first
-            average, or the raw weights where there is none.
+            average, or the raw weights where there is none. "<name>@<images>" is that of an older checkpoint.
 
     Raises:
         UserError: If there are no weights, or none of that name, or it cannot be made from the snapshots.
@@ -123,7 +123,8 @@ def _from_run(folder: Path, ema: str | None) -> Weights:
 
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: no weights here, neither checkpoints/ nor *.safetensors")
-    source = newest_checkpoint(folder)
+    ema, images = (ema, None) if posthoc.is_one(ema) else _at(ema)
+    source = newest_checkpoint(folder) if images is None else _checkpoint_of(folder, images)
     checkpoint = load_checkpoint(source)
     averages = averages_of(checkpoint)
     if ema not in averages and (wanted := posthoc.parse(ema)) is not None:
@@ -137,11 +138,37 @@ def _from_run(folder: Path, ema: str | None) -> Weights:
     return Weights(name, tensors, int(checkpoint["images_seen"]), hash_tensors(tensors), source)
 
 
+def _at(ema: str | None) -> tuple[str | None, int | None]:
+    """Split `<name>@<images>`."""
+    name, mark, images = (ema or "").partition("@")
+    if not mark:
+        return ema, None
+    if not images.isdecimal():
+        raise UserError(f"ema={ema}: <name>@<images> is meant, e.g. ema@44800")
+    return name or None, int(images)
+
+
+def _checkpoint_of(folder: Path, images: int) -> Path:
+    """Return the checkpoint of a run at so many images."""
+    from diffusion_lab.modules.checkpoint_io import images_of, list_checkpoints
+
+    found = {images_of(path): path for path in list_checkpoints(folder / "checkpoints")}
+    if images not in found:
+        there = ", ".join(f"{count:,}" for count in sorted(count for count in found if count is not None))
+        raise UserError(
+            f"ema=...@{images}: {folder} has no checkpoint at {images:,} images, only at {there or 'none'}; "
+            "callbacks.checkpoints.keep says how many are kept"
+        )
+    return found[images]
+
+
 def _from_export(folder: Path, files: Mapping[str, Path], ema: str | None) -> Weights:
     order = (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) or {}).get("averages") or {}  # type: ignore[union-attr]
     averages = [str(name) for name in order if name in files]
     if ema not in files and posthoc.parse(ema) is not None:
         raise UserError(f"ema={ema}: {folder} is an export, which holds no snapshots; name the run folder")
+    if ema not in files and _at(ema)[1] is not None:
+        raise UserError(f"ema={ema}: {folder} is an export, which has one moment; name the run folder")
     name = _choose(ema, averages, [name for name in files if name not in averages], folder)
     return _from_file(files[name], name)
 

@@ -49,13 +49,18 @@ class Wanted:
         return f"{WORD}_{self.sigma_rel!r}" + ("" if self.images is None else f"@{self.images}")
 
 
+def is_one(ema: str | None) -> bool:
+    """Whether an average is one to be made from snapshots, by its name."""
+    return ema is not None and ema.startswith(WORD)
+
+
 def parse(ema: str | None) -> Wanted | None:
     """Read the name of an average; None if it is not one to be made from snapshots.
 
     Raises:
         UserError: If it begins like one and is none, or the width is out of range.
     """
-    if ema is None or not ema.startswith(WORD):
+    if ema is None or not is_one(ema):
         return None
     match = FORM.fullmatch(ema)
     try:
