@@ -33,6 +33,12 @@ FOR_WRAPPERS = (SEED, MEASUREMENT)
 `seed` `(B,)` int64 is there for guidances that draw noise, `measurement` `(B, *M)` for those that sample a posterior.
 """
 
+STEPS = "steps"
+"""Key of a `Cond` by which a sampler tells a model, `(B,)`, how many steps it takes; see `denoisers/shortcut.py`."""
+
+NOT_OF_THE_SAMPLE = (*FOR_WRAPPERS, STEPS)
+"""Keys of a `Cond` that do not say what a sample is to be: an unconditional branch hears them too."""
+
 NO_LABEL = -1
 """The value of `cond["label"]` for an example whose label was dropped or is not given."""
 

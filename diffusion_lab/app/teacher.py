@@ -36,7 +36,10 @@ WHERE = "method.teacher"
 KEY = f"{WHERE}.run"
 GROUPS = ("dataset", "model", "interpolant", "prediction", "schedule")
 """What a student takes over from its teacher's config."""
-OF_DENOISER = ("_target_", "sigma_data")
+OF_DENOISER = ("_target_", "sigma_data", "scales", "finest")
+PLAIN = "diffusion_lab.denoisers.NetworkDenoiser"
+TOLD = ("diffusion_lab.denoisers.GuidedDenoiser", "diffusion_lab.denoisers.ShortcutDenoiser")
+"""A student may be told a number more than its teacher was: what it answers means the same."""
 OF_RUN = {"batch_size": "${batch_size}", "seed": "${seed}"}
 """What a data set's config takes from the run that it belongs to."""
 
@@ -74,7 +77,8 @@ def complete(argv: Sequence[str]) -> Completed:
         store.store(group=group, name=FROM_RUN, node=node, package="_global_", provider="teacher")
     injected = [f"{group}={FROM_RUN}" for group in nodes[0]]
     denoiser = (configs[0].get("method") or {}).get("denoiser") or {}
-    injected += [f"method.denoiser.{key}={denoiser[key]}" for key in OF_DENOISER if key in denoiser]
+    told = {key: denoiser[key] for key in OF_DENOISER if denoiser.get(key) not in (None, PLAIN)}
+    injected += [f"++method.denoiser.{key}={value}" for key, value in told.items()]
     user = [argument for argument in argv if split_override(argument) is not None or argument.startswith("~")]
     flags = [argument for argument in argv if argument not in user]
     quoted = [override(KEY, _plain(argument)) if _is_run(argument) else argument for argument in user]
@@ -163,6 +167,29 @@ def check(cfg: DictConfig) -> None:
             raise UserError(
                 f"{KEY}={node['run']}: its {name} is {_short(found)}, that of this run is {_short(own)}"
             )
+    _check_scale(config, theirs)
+
+
+def _check_scale(config: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """A student that is told the guidance scale has a teacher to be guided, and is told it when it is sampled too."""
+    scales = config["method"]["denoiser"].get("scales")
+    if scales is None:
+        return
+    guidance = config.get("guidance") or {}
+    if ".Distilled" not in str(guidance):
+        raise UserError(
+            "guidance: this student is told its guidance scale: guidance=distilled guidance.scale=<scale>"
+        )
+    scale = guidance.get("scale")
+    if isinstance(scale, int | float) and not scales[0] <= scale <= scales[1]:
+        raise UserError(f"guidance.scale={scale}: this student learns the scales {scales[0]} to {scales[1]}")
+    method = theirs.get("method") or {}
+    plain = (method.get("denoiser") or {}).get("scales") is None
+    if plain and (method.get("loss") or {}).get("label_dropout") == 0.0:
+        raise UserError(
+            f"{KEY}: this teacher was trained with method.loss.label_dropout=0 and knows no answer without a label, "
+            "by which to guide"
+        )
 
 
 def _facts(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -171,7 +198,9 @@ def _facts(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str
     facts = [(key, theirs.get(key), ours.get(key)) for key in ("shape", "num_classes")]
     data = [(config.get("dataset") or {}).get("_target_") for config in (theirs, ours)]
     facts.append(("dataset", data[0], data[1]))
-    keys = ("_target_", "interpolant", "prediction", "sigma_data")
+    kinds = [PLAIN if part.get("_target_") in TOLD else part.get("_target_") for part in (found, own)]
+    facts.append(("denoiser._target_", kinds[0], kinds[1]))
+    keys = ("interpolant", "prediction", "sigma_data", *(["scales"] if "scales" in found else []))
     return facts + [(f"denoiser.{key}", found.get(key), own.get(key)) for key in keys]
 
 

@@ -38,6 +38,8 @@ def flop_per_example(denoiser: NetworkDenoiser, batch: Mapping[str, Tensor]) -> 
     """
     few = {name: value[:COUNTED] for name, value in batch.items()}
     x0 = few.pop("x0")
+    # what a denoiser is told besides by whoever samples it
+    few |= {name: x0.new_zeros(len(x0)) for name in getattr(denoiser, "needs", ())}
     counter = FlopCounterMode(display=False)
     # a compiled network hides its operators from the counter
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"), unsharded(denoiser), counter:

@@ -1,6 +1,7 @@
 """Denoisers: callables `(x, logsnr, cond) -> E[x0 | x]`, by a network or in closed form."""
 
 from diffusion_lab.denoisers.analytic import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from diffusion_lab.denoisers.guided import GUIDANCE_SCALE, GuidedDenoiser
 from diffusion_lab.denoisers.learned_variance import LearnedVarianceDenoiser, VarianceOutput
 from diffusion_lab.denoisers.network import NetworkDenoiser, Output
 from diffusion_lab.denoisers.prediction import (
@@ -17,8 +18,11 @@ from diffusion_lab.denoisers.prediction import (
     target,
     x0_from,
 )
+from diffusion_lab.denoisers.shortcut import ShortcutDenoiser
+from diffusion_lab.denoisers.told import ToldDenoiser
 
 __all__ = [
+    "GUIDANCE_SCALE",
     "Both",
     "EDM",
     "EmpiricalDenoiser",
@@ -26,11 +30,14 @@ __all__ = [
     "EpsResidual",
     "GaussianDenoiser",
     "GaussianMixtureDenoiser",
+    "GuidedDenoiser",
     "LearnedVarianceDenoiser",
     "NetworkDenoiser",
     "Output",
     "Prediction",
     "Score",
+    "ShortcutDenoiser",
+    "ToldDenoiser",
     "V",
     "VarianceOutput",
     "Velocity",

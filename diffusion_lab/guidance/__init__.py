@@ -4,6 +4,7 @@ from diffusion_lab.guidance.autoguidance import AutoGuidance
 from diffusion_lab.guidance.cads import CADS
 from diffusion_lab.guidance.classifier_free import ClassifierFree
 from diffusion_lab.guidance.composition import Composition
+from diffusion_lab.guidance.distilled import Distilled
 from diffusion_lab.guidance.eps_scaling import EpsScaling
 from diffusion_lab.guidance.predictor_corrector import PredictorCorrectorGuidance
 from diffusion_lab.guidance.projected import Projected
@@ -18,6 +19,7 @@ __all__ = [
     "AutoGuidance",
     "ClassifierFree",
     "Composition",
+    "Distilled",
     "DynamicThreshold",
     "EpsScaling",
     "PredictorCorrectorGuidance",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.process.broadcast import expand_logsnr
-from diffusion_lab.typing import FOR_WRAPPERS, NO_LABEL, Cond, DenoiserFn
+from diffusion_lab.typing import NO_LABEL, NOT_OF_THE_SAMPLE, Cond, DenoiserFn
 
 
 def answers(
@@ -60,11 +60,11 @@ def join(conds: Sequence[Cond | None], batch: int) -> Cond | None:
 
 
 def unconditional(cond: Cond | None) -> Cond | None:
-    """Return what an unconditional branch is told: nothing but what is meant for wrappers (`FOR_WRAPPERS`)."""
-    rest = {name: value for name, value in (cond or {}).items() if name in FOR_WRAPPERS}
+    """Return what an unconditional branch is told: nothing but `NOT_OF_THE_SAMPLE`."""
+    rest = {name: value for name, value in (cond or {}).items() if name in NOT_OF_THE_SAMPLE}
     return rest or None
 
 
 def is_conditional(cond: Cond | None) -> bool:
     """Whether there is anything in `cond` that a model is conditioned on."""
-    return any(name not in FOR_WRAPPERS for name in cond or {})
+    return any(name not in NOT_OF_THE_SAMPLE for name in cond or {})

@@ -44,8 +44,8 @@ from diffusion_lab.process.broadcast import broadcast_right, expand_logsnr
 from diffusion_lab.process.interpolants import Interpolant
 from diffusion_lab.rng import SampleRNG, derive_seed
 from diffusion_lab.typing import (
-    FOR_WRAPPERS,
     NO_LABEL,
+    NOT_OF_THE_SAMPLE,
     SEED,
     Cond,
     DenoiserFn,
@@ -84,7 +84,7 @@ class Annealed:
         if cond is None or bool((kept == 1.0).all()):
             return self.denoiser(x, logsnr, cond)
         out = dict(self._embedded(cond))
-        for name in sorted(set(out) - set(FOR_WRAPPERS)):
+        for name in sorted(set(out) - set(NOT_OF_THE_SAMPLE)):
             if not out[name].is_floating_point():
                 continue
             clean = kept == 1.0

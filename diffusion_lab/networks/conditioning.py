@@ -44,6 +44,11 @@ class ScalarEmbedding(nn.Module):
         self.embedding = LogSNREmbedding(features=features, width=width)
         self.null = nn.Parameter(torch.zeros(width))
 
+    def silence(self) -> None:
+        """Make it add nothing until it has learnt to: a network that gets it anew answers as it did without."""
+        for parameter in self.embedding.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
     def forward(self, value: Tensor | None, batch: int) -> Tensor:
         """Return `(batch, width)` for `value` `(batch,)`, or for None."""
         if value is None:

@@ -216,6 +216,14 @@ class MPScalarEmbedding(ScalarEmbedding):
         del self.null
         self.register_buffer("null", torch.zeros(width), persistent=False)
 
+    def silence(self) -> None:
+        """Refuse: whatever is told has its share of the embedding, and takes it from what else is.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("a magnitude-preserving network cannot be told more and answer as it did before")
+
 
 class MPConditioning(Conditioning):
     """What `Conditioning` does, magnitude-preserving; no tokens.

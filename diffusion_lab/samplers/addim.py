@@ -69,7 +69,8 @@ class ADDIM(Stepper):
         if self.table is None:
             return self.fraction / (1.0 / self.prior_variance + torch.exp(logsnr))
         rows = np.asarray(self.table, dtype=np.float64)
-        return torch.from_numpy(np.asarray(np.interp(logsnr.cpu().numpy(), rows[:, 0], rows[:, 1])))
+        found = np.interp(logsnr.cpu().numpy(), rows[:, 0], rows[:, 1])
+        return torch.from_numpy(np.asarray(found)).to(logsnr.device)
 
     def step(
         self,

@@ -29,8 +29,12 @@ def _from_conf(path):
 
 
 # every file of conf/sampler that needs no model to be fitted to first nor one with a learned variance nor the field of
-# a bridge, and options that change the arithmetic
-ALL_SAMPLERS = {path.stem: _from_conf(path) for path in sorted(CONF.glob("*.yaml")) if path.stem != "iddpm"}
+# a bridge nor a student, and options that change the arithmetic
+ALL_SAMPLERS = {
+    path.stem: _from_conf(path)
+    for path in sorted(CONF.glob("*.yaml"))
+    if path.stem not in ("iddpm", "renoise", "shortcut")
+}
 ALL_SAMPLERS = {
     name: sampler
     for name, sampler in ALL_SAMPLERS.items()

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from problems import ALL_SAMPLERS, INTERPOLANTS
 
 from diffusion_lab.app.build import instantiate
-from diffusion_lab.denoisers import NetworkDenoiser
+from diffusion_lab.denoisers import GUIDANCE_SCALE, GuidedDenoiser, NetworkDenoiser
 from diffusion_lab.denoisers.classifier import NetworkClassifier
 from diffusion_lab.denoisers.prediction import V
 from diffusion_lab.measurements import Inpaint
@@ -44,11 +44,21 @@ def unet(seed):
     return randomised(NetworkDenoiser(network=network, interpolant=INTERPOLANTS["vp"], prediction=V()), seed)
 
 
+def told(seed):
+    """A student that is told its guidance scale."""
+    network, parts = (
+        UNet(**SMALL, scalars=[GUIDANCE_SCALE]),
+        {"interpolant": INTERPOLANTS["vp"], "prediction": V()},
+    )
+    return randomised(GuidedDenoiser(network=network, scales=(1.0, 5.0), **parts), seed)
+
+
 @pytest.fixture(scope="module")
 def models():
     classifier = NoisyClassifier(**SMALL)
     return {
         "denoiser": unet(0),
+        "told": told(0),
         "weak": unet(1),
         "classifier": randomised(NetworkClassifier(network=classifier, interpolant=INTERPOLANTS["vp"]), 2),
     }
@@ -82,11 +92,12 @@ def test_every_guidance_runs_under_every_sampler(name, sampler, models):
     recipe = Generation(sampler=ALL_SAMPLERS[sampler], grid=GRID, guidance=made, shape=SHAPE)
     x0 = torch.linspace(-1, 1, 128).reshape(2, *SHAPE)
     cond = {"label": torch.tensor([3, 8]), MEASUREMENT: Inpaint()(x0)}
+    denoiser = models["told" if name == "distilled" else "denoiser"]
     if why := refusal(name, ALL_SAMPLERS[sampler], sampler):
         with pytest.raises(ValueError, match=why):
-            recipe(models["denoiser"], seeds=[0, 1], cond=cond)
+            recipe(denoiser, seeds=[0, 1], cond=cond)
         return
-    samples = recipe(models["denoiser"], seeds=[0, 1], cond=cond)
+    samples = recipe(denoiser, seeds=[0, 1], cond=cond)
     assert samples.shape == (2, *SHAPE) and bool(samples.isfinite().all())
 
 

@@ -169,7 +169,7 @@ class DistillationModule(DiffusionModule, ABC):
 
     def parts(self) -> Mapping[str, nn.Module]:
         """Return what learns, by name: the student, and the loss where it has parameters."""
-        return {STUDENT: self.denoiser, **({"loss": self.loss} if any(self.loss.parameters()) else {})}
+        return {STUDENT: self.denoiser, **({"loss": self.loss} if list(self.loss.parameters()) else {})}
 
     def phases(self) -> Sequence[Phase]:
         """Return the phases in their order; all parts at once where a method says nothing else."""

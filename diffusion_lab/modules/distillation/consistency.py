@@ -13,47 +13,18 @@ References:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffusion_lab.denoisers import NetworkDenoiser
 from diffusion_lab.guidance import Unguided
 from diffusion_lab.losses.denoising import LossTerms
 from diffusion_lab.losses.distillation.consistency import ConsistencyLoss, TeacherSteps
-from diffusion_lab.modules.diffusion import OptimizerFactory, seed_global
+from diffusion_lab.modules.diffusion import OptimizerFactory
 from diffusion_lab.modules.distillation.base import DistillationModule
+from diffusion_lab.modules.distillation.same_dropout import SameDropout
 from diffusion_lab.modules.learning_rate import LRSchedule
-from diffusion_lab.process.interpolants import Interpolant
 from diffusion_lab.rng import StepRNG, derive_seed
 from diffusion_lab.typing import Cond, GuidanceFactory
-
-
-class SameDropout:
-    """A network that leaves dropout's generators where it found them: at the seed.
-
-    Args:
-        denoiser: Asked without gradient.
-        seed: Where the generators start, before and after.
-    """
-
-    def __init__(self, denoiser: NetworkDenoiser, seed: int) -> None:
-        self.denoiser, self.seed = denoiser, seed
-
-    @property
-    def interpolant(self) -> Interpolant:
-        """The process of the network."""
-        return self.denoiser.interpolant
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
-        """Return the network's x0."""
-        seed_global(self.seed, x.device)
-        x0 = self.denoiser(x, logsnr, cond)
-        seed_global(self.seed, x.device)
-        # autocast may keep its copies of the weights, made here without gradient, for the student's own call
-        # (torch 2.13 looks at the gradient by itself)
-        torch.clear_autocast_cache()
-        return x0
 
 
 class ConsistencyModule(DistillationModule):
