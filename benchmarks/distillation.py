@@ -248,6 +248,14 @@ def summary(runs: Path, data: str, seeds: int) -> tuple[list[dict[str, Any]], di
     return rows, ratios
 
 
+def drawn(place: Path) -> np.ndarray:
+    """The first samples of a scored run, bytes `(SHOWN, C, H, W)`."""
+    evaluation = json.loads((place / "metrics.json").read_text())["evaluations"][-1]
+    with np.load(Path(evaluation["samples"]) / "samples.npz") as stored:
+        images: np.ndarray = stored["images"][:SHOWN]
+    return images
+
+
 def picture(runs: Path, data: str) -> None:
     """A row of samples for the teacher and each student of the first seed, all from the same noise."""
     side, gap, words = 32, 3, 170
@@ -259,15 +267,13 @@ def picture(runs: Path, data: str) -> None:
             (f"{name}, {steps}", student_of(runs, data, name, steps, 0) / "benchmark" / f"{steps}")
             for steps in sorted(method.steps, reverse=True)
         ]
-    lines = [(label, place) for label, place in lines if (place / "samples.npz").is_file()]
+    lines = [(label, place) for label, place in lines if (place / "metrics.json").is_file()]
     sheet = Image.new("L", (words + SHOWN * (side + gap), len(lines) * (side + gap)), 255)
     pen = ImageDraw.Draw(sheet)
     for k, (label, place) in enumerate(lines):
         pen.text((2, k * (side + gap) + 10), label, fill=0)
-        with np.load(place / "samples.npz") as stored:
-            shown = stored["images"][:SHOWN]
-        for j, image in enumerate(shown):
-            large = Image.fromarray(image.squeeze()).resize((side, side), Image.Resampling.NEAREST)
+        for j, image in enumerate(drawn(place)):
+            large = Image.fromarray(np.squeeze(image)).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(large, (words + j * (side + gap), k * (side + gap)))
     sheet.save(ROOT / "docs" / "images" / f"distillation_{data}.png", optimize=True)
 

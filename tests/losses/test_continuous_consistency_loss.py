@@ -7,7 +7,7 @@ import torch
 from problems import INTERPOLANTS, gaussian
 
 from diffusion_lab.denoisers import EDM, X0, Eps, NetworkDenoiser, V, Velocity
-from diffusion_lab.losses import SNRPlusOne
+from diffusion_lab.losses import EDMWeighting, SNRPlusOne
 from diffusion_lab.losses.distillation import ContinuousConsistencyLoss
 from diffusion_lab.losses.distillation.continuous_consistency import angle, trig_velocity
 from diffusion_lab.process import Cosine, LogNormal, VariancePreserving
@@ -149,6 +149,17 @@ def test_without_the_ramp_the_student_learns_the_slope_itself():
         torch.testing.assert_close(terms.total, expected, rtol=1e-9, atol=0)
         left = 0.5 * (first + second).square().mean(1)
         torch.testing.assert_close(terms.per_example, left, rtol=1e-9, atol=1e-15)
+
+
+def test_with_edms_networks_edms_weights_of_the_same_law_are_the_papers():
+    student, x0 = network(EDM(sigma_data=0.5), INTERPOLANTS["ve"], 0.5), noise(64, 3, seed=2)
+    weighting = EDMWeighting(p_mean=-0.4, p_std=1.4, sigma_data=0.5)
+    loss = ContinuousConsistencyLoss(schedule=SCHEDULE, weighting=weighting)
+    terms = loss(student, x0, None, rng(64), teacher=FlowMap(0.1, INTERPOLANTS["ve"]))
+    cos, sin, _ = angle(INTERPOLANTS["ve"], terms.logsnr, 0.5)
+    y = cos[:, None] * x0 / 0.5 + sin[:, None] * rng(64).randn("noise", (3,), dtype=D64)
+    g = tangent(student, FlowMap(0.1, INTERPOLANTS["ve"]), y, terms.logsnr, 0.5)
+    torch.testing.assert_close(terms.per_example, 0.5 * g.square().mean(1), rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("normalise", [None, 0.1])
