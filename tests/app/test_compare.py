@@ -156,6 +156,7 @@ def test_points_of_the_plane(sweep, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_jobs_that_run_elsewhere_make_no_page(trained, sweep, monkeypatch):
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
     from hydra.core.plugins import Plugins

@@ -103,7 +103,8 @@ def test_every_file_composes_and_is_valid(group, option):
     validate(with_option(group, option), SCHEMAS[app_of(group, option)])
 
 
-@pytest.mark.parametrize("app", ["sample", pytest.param("evaluate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("app", ["sample", "evaluate"])
 def test_the_other_apps_are_valid(app):
     for group in ("schedule", "sampler", "grid", "guidance", "modifiers"):
         for option in GROUPS[group]:

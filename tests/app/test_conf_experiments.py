@@ -26,8 +26,16 @@ EXPERIMENTS = [
 ]
 
 
-# a student is trained from the command line in test_teacher.py
-MARKED = [pytest.param(name, marks=pytest.mark.slow) if taught(name) else name for name in EXPERIMENTS]
+# one of each data set and each kind of training step; a student is trained from the command line in test_teacher.py
+QUICK = (
+    "digits/quickstart",
+    "mnist/quickstart",
+    "toy/quickstart",
+    "vdm/digits",
+    "iddpm/digits",
+    "edm2/digits",
+)
+MARKED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS]
 
 
 @pytest.fixture(scope="module")

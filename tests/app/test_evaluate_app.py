@@ -108,6 +108,7 @@ def test_a_score_of_some_classes_only_says_so(trained, tmp_path, capsys):
             assert not any("labels" in line for line in item["deviations"])
 
 
+@pytest.mark.slow
 def test_paths_are_printed_as_they_were_typed(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained.parent)
     evaluate(trained.name, "num_samples=20")

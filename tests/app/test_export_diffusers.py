@@ -206,6 +206,7 @@ def test_other_networks_wrong_labels_and_full_folders_are_refused(tmp_path):
         write_diffusers(replace(ours), tmp_path / "d", facts=FACTS)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     run = train(tmp_path, "model.channels=128", "model.head_channels=64", max_images=16)
     out = tmp_path / "given"

@@ -311,6 +311,7 @@ def test_the_other_programs_say_that_they_do_not(trained, conf, tmp_path, capsys
         assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_guidance_is_told_the_grid_that_was_fitted(trained, conf, tmp_path):
     got = sample(
         tmp_path / "s", trained, conf, *WORDS, "input=test:2", "grid=align_your_steps", "grid.steps=4"
@@ -347,6 +348,7 @@ def test_measurements_of_every_kind_can_be_shown():
         assert float(shown.std()) > 0.01, file.name
 
 
+@pytest.mark.slow
 def test_points_of_the_plane_have_no_picture_but_numbers(tmp_path, conf):
     words = [
         "experiment=toy/quickstart", "model.width=8", "model.depth=1", "batch_size=32", "max_images=640",

@@ -25,6 +25,7 @@ def sample(out, run, *more, code=0):
 REFUSED = "trained with method.loss.label_dropout=0 and knows no answer without one"
 
 
+@pytest.mark.slow
 def test_guidance_without_a_label_needs_a_model_that_knows_it(never_without, tmp_path, capsys):
     sample(tmp_path / "a", never_without, "num_samples=4", "guidance=cfg", "guidance.scale=2", code=2)
     error = capsys.readouterr().err

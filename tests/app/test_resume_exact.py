@@ -143,6 +143,7 @@ def test_a_checkpoint_that_carries_code_is_refused_on_the_command_line(tmp_path)
     assert tiny_runs.main("train", *words(tmp_path, f"resume={folder}")) == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, capsys, monkeypatch):
     from diffusion_lab.modules import checkpoint_io
 
@@ -172,6 +173,7 @@ def test_ctrl_c_saves_too_and_ends_with_130(tmp_path):
     assert tiny_runs.images_in(folder) >= 100 and tiny_runs.record_of(folder)["status"] == "preempted"
 
 
+@pytest.mark.slow
 def test_latest_leads_to_the_run_that_was_resumed(tmp_path):
     folder = tiny_runs.train(tmp_path, "run_id=a", max_images=160)
     tiny_runs.train(tmp_path, "run_id=b", "seed=5", max_images=160)

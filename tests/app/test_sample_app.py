@@ -110,6 +110,7 @@ def test_an_interrupted_job_goes_on(whole, trained, tmp_path, capsys, monkeypatc
     assert "64 of 150 samples are there already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_killed_while_sampling_loses_nothing_that_was_written(whole, trained, tmp_path):
     words = [f"run={trained}", f"out={tmp_path}/s", "num_samples=150", "batch_size=1"]
     process = tiny_runs.start("sample.py", *words)

@@ -143,7 +143,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("diffusion_lab.modules.snapshot_io.os.fsync", full)
+    monkeypatch.setattr("diffusion_lab.files.os.fsync", full)
     with pytest.raises(CheckpointNotSaved, match=r"snapshot .* was not saved: No space left") as error:
         save_snapshot(
             tmp_path,

@@ -99,6 +99,7 @@ def drawn(step, n=4000):
     return draw(wrapped, DDPM(), grid, torch.ones(n, 1, 1, 1, dtype=D64), (1, 1, 1), seeds=range(n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "row", "rounding"),
     [(3e-4, (0.22, 0.79), 0.005), (1e-3, (0.63, 0.37), 0.005), (3e-3, (0.99, 0.006), 0.005)],

@@ -104,6 +104,7 @@ def test_table_6e_exact_rows(variance, row):
 LANGEVIN = PredictorCorrector(corrections=1, ancestral=True, snr=math.inf, longest=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [DDPM(), LANGEVIN], ids=["ddpm", "langevin"])
 def test_table_3e_pairs_are_calibrated(sampler):
     # b given a = 1.5: mean 1.35, variance 0.19
