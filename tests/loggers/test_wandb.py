@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 import warnings
 
 import pytest
@@ -38,6 +39,14 @@ def key(item):
 
 
 def read(folder):
+    """What is in the file of a run; wandb's own process may write the end of it a moment after `finish` returns."""
+    deadline = time.monotonic() + 20.0
+    while not (found := read_now(folder))[-1] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def read_now(folder):
     (path,) = folder.rglob("*.wandb")
     history, config, run_id, metrics, finished = [], {}, None, [], False
     for record in records(path):
