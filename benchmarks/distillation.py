@@ -86,6 +86,10 @@ METHODS = {
         "em/{data}", steps=(1,), words=("method.loss.langevin_steps=1", "method.loss.gamma_z=0")
     ),
     "distribution matching": Method("distribution_matching/{data}", steps=(1,)),
+    "sCM": Method("scm/{data}", asked=("grid.steps={steps}",), one_run=True),
+    "shortcut": Method("shortcut/{data}", asked=("grid.steps={steps}",), one_run=True),
+    "reflow": Method("reflow/{data}", asked=("grid.steps={steps}",), one_run=True),
+    "reflow, one step": Method("reflow/{data}_one_step", steps=(1,), of="reflow"),
     "guided": Method(
         "guided_distillation/{data}", steps=(MANY,), asked=(AT_SCALE, "grid.steps={steps}"), guided=True
     ),
