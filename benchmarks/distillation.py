@@ -4,9 +4,9 @@
                                       [--workers 2]
 
 Trains a teacher a seed, and from it the students of every method as their laptop recipes say (`METHODS`, under four
-minutes each on a core). Each is asked for as many samples as there are test images: Fréchet distance, precision and
-recall. What a training costs is told in evaluations of the teacher: processor seconds of the whole command over those
-of one image in one call.
+minutes each on a core). Each is asked for `SAMPLES`, as many as digits has training images: Fréchet distance from the
+test images and from the training images, precision and recall. What a training costs is told in evaluations of the
+teacher: processor seconds of the whole command over those of one image in one call.
 
 Known runs and figures are kept below --runs, so a script that was stopped goes on and seeds add up. Results:
 benchmarks/results/distillation_<data>.json; samples side by side in docs/images/distillation_<data>.png.
@@ -23,88 +23,41 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import ROOT, report
+from distillation_methods import MANY, METHODS, SCALE, STEPS
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from diffusion_lab.app.build import load_denoiser
+from diffusion_lab.data.digits import Digits
+from diffusion_lab.data.mnist import MNIST
+from diffusion_lab.metrics.features import MNISTCNN, CNNFeatures, DigitsCNN
+from diffusion_lab.metrics.frechet import frechet_from_stats
+from diffusion_lab.metrics.stats import GaussianStats, gaussian_stats
 
 TEACHERS = {"digits": "digits/quickstart", "mnist": "mnist/quickstart"}
 SAMPLES = {"digits": 1437, "mnist": 2000}
-STEPS = (1, 2, 4, 8)
-MANY = 256
-SCALE = 2
 PLAIN = ("guidance=none", "modifiers=static_threshold", "grid=uniform_u", "sampler=ddim")
 """How the teacher is sampled: as its students learn to step."""
 SHOWN = 16
-COLUMNS = {"FD": "frechet", "precision": "precision", "recall": "recall"}
-
-
-TEACHERS_AS = {"": PLAIN, "guided-": ("guidance=cfg", f"guidance.scale={SCALE}", *PLAIN[1:])}
-
-
-@dataclass(frozen=True)
-class Method:
-    """Students of a teacher.
-
-    Attributes:
-        experiment: Folder and file of conf/experiment; `{data}` is the data set's.
-        steps: Numbers of steps that it has students for.
-        words: More words to train a student of N steps, `{steps}`.
-        asked: Words to sample that student by.
-        one_run: Whether one run has all students.
-        of: The method whose student is the teacher; "" for the teacher itself.
-        guided: Whether it is compared with the guided teacher.
-    """
-
-    experiment: str
-    steps: Sequence[int] = STEPS
-    words: Sequence[str] = ()
-    asked: Sequence[str] = ()
-    one_run: bool = False
-    of: str = ""
-    guided: bool = False
-
-
-HALVED = ("ema=steps_{steps}", "grid.steps={steps}")
-AT_SCALE = f"guidance.scale={SCALE}"
-METHODS = {
-    "progressive": Method("progressive/{data}", asked=HALVED, one_run=True),
-    "consistency": Method("consistency/{data}", words=("method.steps={steps}",)),
-    "consistency training": Method(
-        "consistency/{data}", words=("method.steps={steps}", "method.from_data=true")
-    ),
-    "moment matching": Method("moment_matching/{data}", words=("method.steps={steps}",)),
-    "moment matching, instant": Method("moment_matching/{data}_instant", steps=(8,)),
-    "EM, K = 16": Method("em/{data}", steps=(1,)),
-    "EM, K = 1": Method(
-        "em/{data}", steps=(1,), words=("method.loss.langevin_steps=1", "method.loss.gamma_z=0")
-    ),
-    "distribution matching": Method("distribution_matching/{data}", steps=(1,)),
-    "sCM": Method("scm/{data}", asked=("grid.steps={steps}",), one_run=True),
-    "shortcut": Method("shortcut/{data}", asked=("grid.steps={steps}",), one_run=True),
-    "reflow": Method("reflow/{data}", asked=("grid.steps={steps}",), one_run=True),
-    "reflow, one step": Method("reflow/{data}_one_step", steps=(1,), of="reflow"),
-    "guided": Method(
-        "guided_distillation/{data}", steps=(MANY,), asked=(AT_SCALE, "grid.steps={steps}"), guided=True
-    ),
-    "guided, progressive": Method(
-        "guided_distillation/{data}_steps", asked=(AT_SCALE, *HALVED), one_run=True, of="guided", guided=True
-    ),
-    "guided, stochastic": Method(
-        "guided_distillation/{data}_stochastic",
-        steps=(2, 4, 8),
-        asked=(AT_SCALE, *HALVED),
-        one_run=True,
-        of="guided",
-        guided=True,
+COLUMNS = {"FD": "frechet", "FD, training": "training", "precision": "precision", "recall": "recall"}
+ANCESTRAL = ("sampler=ddpm", "sampler.interpolation=0.0")
+TEACHERS_AS = {
+    "": ("teacher, DDIM", PLAIN, (*STEPS, MANY)),
+    "ancestral-": ("teacher, ancestral", (*PLAIN[:-1], *ANCESTRAL), (MANY,)),
+    "guided-": (
+        f"teacher, DDIM, guidance {SCALE}",
+        ("guidance=cfg", f"guidance.scale={SCALE}", *PLAIN[1:]),
+        (*STEPS, MANY),
     ),
 }
+"""Ways of asking the teacher: what they are called, the words, and the numbers of steps."""
 
 
 def call(*words: str) -> float:
@@ -129,16 +82,37 @@ def train(folder: Path, *words: str) -> Path:
     return folder
 
 
-def scored(folder: Path, key: str, n: int, words: Sequence[str]) -> dict[str, Any]:
-    """Score a run sampled in one way, unless that is known, and return the figures."""
+@cache
+def extractor(data: str) -> CNNFeatures:
+    """The network that the distances are taken by."""
+    return DigitsCNN() if data == "digits" else MNISTCNN()
+
+
+def summed_up(data: str, images: Tensor) -> GaussianStats:
+    """Mean and covariance of the features of images, bytes `(N, C, H, W)`."""
+    return gaussian_stats(torch.cat([extractor(data)(part) for part in images.split(1000)]))
+
+
+@cache
+def real(data: str) -> tuple[GaussianStats, float]:
+    """Summary of the training images, and how far from them as many test images are as there are, or are samples."""
+    source = Digits(batch_size=1, seed=0) if data == "digits" else MNIST(batch_size=1, seed=0)
+    training, test = summed_up(data, source.train_images()[0]), source.test_images()[0]
+    parts = max(1, len(test) // SAMPLES[data])
+    each = [frechet_from_stats(summed_up(data, test[first::parts]), training) for first in range(parts)]
+    return training, statistics.mean(each)
+
+
+def scored(folder: Path, key: str, data: str, words: Sequence[str]) -> None:
+    """Score a run sampled in one way, unless that is known."""
     kept = folder / "benchmark" / f"{key}.json"
+    out = folder / "benchmark" / key
     if not kept.is_file():
-        out = folder / "benchmark" / key
         call(
             "evaluate.py",
             f"run={folder}",
             f"out={out}",
-            f"num_samples={n}",
+            f"num_samples={SAMPLES[data]}",
             "measures=[frechet,prdc]",
             *words,
         )
@@ -146,7 +120,11 @@ def scored(folder: Path, key: str, n: int, words: Sequence[str]) -> dict[str, An
         found = {record["metric"]: record["value"] for record in records}
         floor = {f"real {record['metric']}": record["real"] for record in records}
         kept.write_text(json.dumps(found | floor))
-    return dict(json.loads(kept.read_text()))
+    told = json.loads(kept.read_text())
+    if "training" not in told:
+        training, floor = real(data)
+        told["training"] = frechet_from_stats(summed_up(data, torch.from_numpy(drawn(out))), training)
+        kept.write_text(json.dumps(told | {"real training": floor}))
 
 
 @torch.no_grad()
@@ -177,9 +155,9 @@ def student_of(runs: Path, data: str, name: str, steps: int, seed: int) -> Path:
 def teach(runs: Path, data: str, seed: int, *, guided: bool) -> None:
     """Train and score a teacher; with guidance too, if there are students to be compared with that."""
     folder = train(teacher_of(runs, data, seed), f"experiment={TEACHERS[data]}", f"seed={seed}")
-    for key, words in TEACHERS_AS.items():
-        for steps in (*STEPS, MANY) if guided or not key else ():
-            scored(folder, f"{key}{steps}", SAMPLES[data], [*words, f"grid.steps={steps}"])
+    for key, (_, words, numbers) in TEACHERS_AS.items():
+        for steps in numbers if guided or key != "guided-" else ():
+            scored(folder, f"{key}{steps}", data, [*words, f"grid.steps={steps}"])
 
 
 def distil(runs: Path, data: str, name: str, steps: int, seed: int) -> None:
@@ -198,65 +176,77 @@ def distil(runs: Path, data: str, name: str, steps: int, seed: int) -> None:
         *words,
     )
     for one in method.steps if method.one_run else (steps,):
-        scored(folder, f"{one}", SAMPLES[data], [word.format(steps=one) for word in method.asked])
+        scored(folder, f"{one}", data, [word.format(steps=one) for word in method.asked])
     print(f"{name}, {'all' if method.one_run else steps} steps, seed {seed}: done", flush=True)
 
 
-def figures(folders: Sequence[Path], key: str) -> dict[str, Any] | None:
-    """Mean over seeds of what is known of students, with their number."""
-    files = [folder / "benchmark" / f"{key}.json" for folder in folders]
-    found = [json.loads(file.read_text()) for file in files if file.is_file()]
-    if not found:
-        return None
-    told = {column: statistics.mean(one[metric] for one in found) for column, metric in COLUMNS.items()}
-    return {**told, "each": [one["frechet"] for one in found], "seeds": len(found)}
+def known(folder: Path, key: str) -> dict[str, float] | None:
+    """What is known of a run sampled in one way."""
+    file = folder / "benchmark" / f"{key}.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else None
 
 
-def summary(runs: Path, data: str, seeds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows and ratios of what is known."""
+def by_seed(runs: Path, data: str, seeds: int) -> list[dict[str, Any]]:
+    """A row for each thing that is known of each seed: real images, teachers, students."""
     rows: list[dict[str, Any]] = []
-    teachers = [teacher_of(runs, data, seed) for seed in range(seeds)]
-    known = [folder for folder in teachers if (folder / "benchmark" / f"{MANY}.json").is_file()]
     shape = (1, 8, 8) if data == "digits" else (1, 28, 28)
-    second = statistics.mean(evaluation_s(folder, shape) for folder in known)
-    floors = [json.loads((folder / "benchmark" / f"{MANY}.json").read_text()) for folder in known]
-    floor = {
-        column: statistics.mean(one[f"real {metric}"] for one in floors) for column, metric in COLUMNS.items()
-    }
-    rows.append({"method": "real images", **floor})
-    best: dict[str, float] = {}
-    for key in TEACHERS_AS:
-        for steps in (MANY, *reversed(STEPS)):
-            told = figures(teachers, f"{key}{steps}")
-            if told is not None:
-                best[f"{key}{steps}"] = told["FD"]
-                name = f"teacher, DDIM{f', guidance {SCALE}' if key else ''}"
-                rows.append({"method": name, "steps": steps, **told})
-    ratios = {}
-    for name, method in METHODS.items():
-        for steps in sorted(method.steps, reverse=True):
-            folders = [student_of(runs, data, name, steps, seed) for seed in range(seeds)]
-            told = figures(folders, f"{steps}")
-            if told is None:
-                continue
-            files = [folder / "benchmark" / "seconds" for folder in folders]
-            spent = [sum(map(float, file.read_text().split())) for file in files if file.is_file()]
-            cost = statistics.mean(spent) / second / 1e6
-            rows.append({"method": name, "steps": steps, **told, "cost, M teacher evaluations": cost})
-            key = "guided-" if method.guided else ""
-            ratios[f"{name}, {steps}: teacher of {MANY} steps over it"] = best[f"{key}{MANY}"] / told["FD"]
-            if steps != MANY:
-                ratios[f"{name}, {steps}: teacher of as many steps over it"] = (
-                    best[f"{key}{steps}"] / told["FD"]
+    for seed in range(seeds):
+        teacher = teacher_of(runs, data, seed)
+        if (found := known(teacher, f"{MANY}")) is None:
+            continue
+
+        def row(name: str, found: dict[str, float], prefix: str = "", seed: int = seed) -> dict[str, Any]:
+            told = {column: found[f"{prefix}{metric}"] for column, metric in COLUMNS.items()}
+            return {"method": name, "seed": seed, **told}
+
+        rows.append(row("real images", found, "real "))
+        for key, (name, _, numbers) in TEACHERS_AS.items():
+            for steps in sorted(numbers, reverse=True):
+                if (found := known(teacher, f"{key}{steps}")) is not None:
+                    rows.append(row(name, found) | {"steps": steps})
+        second = evaluation_s(teacher, shape)
+        taught = float((teacher / "benchmark" / "seconds").read_text().split()[0])
+        for name, method in METHODS.items():
+            for steps in sorted(method.steps, reverse=True):
+                folder = student_of(runs, data, name, steps, seed)
+                if (found := known(folder, f"{steps}")) is None:
+                    continue
+                spent = sum(map(float, (folder / "benchmark" / "seconds").read_text().split()))
+                rows.append(
+                    row(name, found)
+                    | {"steps": steps, "cost, M teacher evaluations": spent / second / 1e6}
+                    | {"cost / teacher's training": spent / taught}
                 )
+    return rows
+
+
+def summary(each: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Means over seeds, and how much nearer than its teacher each student is."""
+    cells: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for row in each:
+        cells.setdefault((row["method"], row.get("steps")), []).append(row)
+    rows, best = [], {}
+    for (name, steps), found in cells.items():
+        columns = [column for column in found[0] if column not in ("method", "steps", "seed")]
+        means = {column: statistics.mean(row[column] for row in found) for column in columns}
+        best[name, steps] = means["FD"]
+        rows.append({"method": name, "steps": steps or "", **means, "seeds": len(found)})
+    ratios = {}
+    for (name, steps), distance in best.items():
+        if name not in METHODS:
+            continue
+        teacher = TEACHERS_AS["guided-" if METHODS[name].guided else ""][0]
+        ratios[f"{name}, {steps}: teacher of {MANY} steps over it"] = best[teacher, MANY] / distance
+        if steps != MANY:
+            ratios[f"{name}, {steps}: teacher of as many steps over it"] = best[teacher, steps] / distance
     return rows, ratios
 
 
 def drawn(place: Path) -> np.ndarray:
-    """The first samples of a scored run, bytes `(SHOWN, C, H, W)`."""
+    """The samples of a scored run, bytes `(N, C, H, W)`."""
     evaluation = json.loads((place / "metrics.json").read_text())["evaluations"][-1]
     with np.load(Path(evaluation["samples"]) / "samples.npz") as stored:
-        images: np.ndarray = stored["images"][:SHOWN]
+        images: np.ndarray = stored["images"]
     return images
 
 
@@ -276,7 +266,7 @@ def picture(runs: Path, data: str) -> None:
     pen = ImageDraw.Draw(sheet)
     for k, (label, place) in enumerate(lines):
         pen.text((2, k * (side + gap) + 10), label, fill=0)
-        for j, image in enumerate(drawn(place)):
+        for j, image in enumerate(drawn(place)[:SHOWN]):
             large = Image.fromarray(np.squeeze(image)).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(large, (words + j * (side + gap), k * (side + gap)))
     sheet.save(ROOT / "docs" / "images" / f"distillation_{data}.png", optimize=True)
@@ -307,9 +297,10 @@ def main(words: Sequence[str] | None = None) -> None:
                 if METHODS[name].one_run or steps in (*options.steps, MANY)
             ]
             list(pool.map(lambda job: distil(runs, options.data, *job), jobs))
-    rows, ratios = summary(runs, options.data, options.seeds)
+    each = by_seed(runs, options.data, options.seeds)
+    rows, ratios = summary(each)
     picture(runs, options.data)
-    report(f"distillation_{options.data}", rows, ratios)
+    report(f"distillation_{options.data}", rows, ratios, {"by_seed": each})
 
 
 if __name__ == "__main__":
