@@ -20,6 +20,10 @@ class Evidence:
     testable: bool = True
 
 
+NOTHING = Evidence(ratios=[], figure="")
+"""Where what a claim is about has not been measured yet."""
+
+
 # ---- samplers ------------------------------------------------------------------------------------------------
 
 

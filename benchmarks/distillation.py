@@ -123,7 +123,8 @@ def scored(folder: Path, key: str, data: str, words: Sequence[str]) -> None:
     told = json.loads(kept.read_text())
     if "training" not in told:
         training, floor = real(data)
-        told["training"] = frechet_from_stats(summed_up(data, torch.from_numpy(drawn(out))), training)
+        images = torch.from_numpy(drawn(out)).movedim(3, 1)
+        told["training"] = frechet_from_stats(summed_up(data, images), training)
         kept.write_text(json.dumps(told | {"real training": floor}))
 
 
@@ -243,7 +244,7 @@ def summary(each: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[
 
 
 def drawn(place: Path) -> np.ndarray:
-    """The samples of a scored run, bytes `(N, C, H, W)`."""
+    """The samples of a scored run, bytes `(N, H, W, C)`."""
     evaluation = json.loads((place / "metrics.json").read_text())["evaluations"][-1]
     with np.load(Path(evaluation["samples"]) / "samples.npz") as stored:
         images: np.ndarray = stored["images"]
