@@ -75,16 +75,16 @@ def images(split: str) -> Tensor:
     return (data.train_images() if split == "train" else data.test_images())[0]
 
 
-def configured(folder: Path, seed: int, max_images: int) -> dict[str, Any]:
-    """Compose our recipe, as its command line would."""
+def configured(folder: Path, seed: int, max_images: int, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Compose our recipe, as its command line would, with `words` on top."""
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        words = [
+        fixed = [
             f"experiment={EXPERIMENT}",
             f"seed={seed}",
             f"max_images={max_images}",
             f"paths.run={folder}",
         ]
-        return plain(compose("train", [*words, "name=quality", "trainer.accelerator=cpu"]))
+        return plain(compose("train", [*fixed, "name=quality", "trainer.accelerator=cpu", *words]))
 
 
 def watcher(budget: float, marks: Sequence[float], keep: Callable[[nn.Module, dict[str, Any]], None]) -> Any:
@@ -116,17 +116,17 @@ def watcher(budget: float, marks: Sequence[float], keep: Callable[[nn.Module, di
     return Watch()
 
 
-def train_ours(seed: int, folder: Path, budget: float) -> None:
-    """Train our recipe, as long as the budget lasts by the speed of a probe."""
+def train_ours(seed: int, folder: Path, budget: float, words: Sequence[str] = ()) -> None:
+    """Train our recipe, with `words` on top, as long as the budget lasts by the speed of a probe."""
 
     def fit(max_images: int, seconds: float, marks: Sequence[float], keep: Any) -> Any:
-        parts = build(configured(folder / "run", seed, max_images))
+        parts = build(configured(folder / "run", seed, max_images, words))
         watch = watcher(seconds, marks, keep)
         parts.trainer.callbacks.append(watch)
         parts.trainer.fit(parts.module, datamodule=parts.data)
         return watch
 
-    batch = configured(folder / "run", seed, 1_000_000)["batch_size"]
+    batch = configured(folder / "run", seed, 1_000_000, words)["batch_size"]
     probe = fit(1_000_000_000, PROBE_S, (), lambda *_: None)
     max_images = int(MARGIN * budget * probe.seen / probe.spent) // batch * batch
     subprocess.run(["rm", "-rf", str(folder / "run")], check=True)
@@ -177,11 +177,13 @@ def store(folder: Path, network: nn.Module, facts: dict[str, Any]) -> None:
 # ---- scores ----------------------------------------------------------------------------------------------
 
 
-def trained(name: str, folder: Path, mark: float) -> tuple[Any, Callable[[int], Tensor]]:
-    """Return the denoiser of a mark and its grid of so many steps."""
+def trained(
+    name: str, folder: Path, mark: float, words: Sequence[str] = ()
+) -> tuple[Any, Callable[[int], Tensor]]:
+    """Return the denoiser of a mark and its grid of so many steps; ours with the words it was trained by."""
     state = torch.load(folder / f"{mark}.pt", weights_only=True)
     if name == OURS:
-        denoiser = build(configured(folder / "scored", 0, 1_000_000)).module.denoiser
+        denoiser = build(configured(folder / "scored", 0, 1_000_000, words)).module.denoiser
         denoiser.network.load_state_dict(state)
         return denoiser.eval(), lambda steps: uniform_u(Cosine(), steps)
     peer = PEERS[name.split(", ")[0]](WIDTHS[name.split(", ")[0]], SHAPE, None)

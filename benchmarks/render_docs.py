@@ -29,7 +29,9 @@ def short(commit: str) -> str:
 
 
 def cell(value: object) -> str:
-    """Print one value: floats with four significant digits, the rest as it is."""
+    """Print one value: floats with four significant digits, a list as its values, the rest as it is."""
+    if isinstance(value, list):
+        return ", ".join(map(cell, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
