@@ -41,7 +41,10 @@ from diffusion_lab.metrics.features import MNISTCNN, CNNFeatures, DigitsCNN
 from diffusion_lab.metrics.frechet import frechet_from_stats
 from diffusion_lab.metrics.stats import GaussianStats, gaussian_stats
 
-TEACHERS = {"digits": "digits/quickstart", "mnist": "mnist/quickstart"}
+TEACHERS = {
+    "digits": ("experiment=digits/quickstart",),
+    "mnist": ("experiment=mnist/ten_minutes", "num_classes=10"),
+}
 SAMPLES = {"digits": 1437, "mnist": 2000}
 PLAIN = ("guidance=none", "modifiers=static_threshold", "grid=uniform_u", "sampler=ddim")
 """How the teacher is sampled: as its students learn to step."""
@@ -155,7 +158,7 @@ def student_of(runs: Path, data: str, name: str, steps: int, seed: int) -> Path:
 
 def teach(runs: Path, data: str, seed: int, *, guided: bool) -> None:
     """Train and score a teacher; with guidance too, if there are students to be compared with that."""
-    folder = train(teacher_of(runs, data, seed), f"experiment={TEACHERS[data]}", f"seed={seed}")
+    folder = train(teacher_of(runs, data, seed), *TEACHERS[data], f"seed={seed}")
     for key, (_, words, numbers) in TEACHERS_AS.items():
         for steps in numbers if guided or key != "guided-" else ():
             scored(folder, f"{key}{steps}", data, [*words, f"grid.steps={steps}"])
