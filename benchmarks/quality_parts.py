@@ -35,7 +35,11 @@ PARTS = {
     "half-life average, not power": ("averages=ema",),
     "weighting eps_mse, not sigmoid": ("weighting=eps_mse",),
     "weighting snr_plus_one, not sigmoid": ("weighting=snr_plus_one",),
-    "16 channels on pixels, not 32 on patches of 2": ("model.patch=1", "model.channels=16"),
+    "16 channels on pixels, not 32 on patches of 2": (
+        "model.patch=1",
+        "model.channels=16",
+        "model.multipliers=[1,2,2]",
+    ),
 }
 
 

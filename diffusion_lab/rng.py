@@ -97,6 +97,11 @@ class StepRNG:
         grid = torch.arange(self.total, device=self.device, dtype=dtype) / self.total
         return torch.remainder(u0 + grid, 1.0)[self.positions]
 
+    def randperm(self, tag: str) -> Tensor:
+        """A random order of the global batch, int64 in [0, total), each number once, shape `(n,)`."""
+        full = torch.randperm(self.total, generator=self._generator(tag), device=self.device)
+        return full[self.positions]
+
     def bernoulli(self, tag: str, p: float) -> Tensor:
         """Independent booleans, true with probability `p`, shape `(n,)`."""
         return self.rand(tag) < p

@@ -162,25 +162,28 @@ def test_with_edms_networks_edms_weights_of_the_same_law_are_the_papers():
     torch.testing.assert_close(terms.per_example, 0.5 * g.square().mean(1), rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("sigma_data", [1.0, 0.5])
 @pytest.mark.parametrize("normalise", [None, 0.1])
 @pytest.mark.parametrize("teacher", [FlowMap(0.4), None], ids=["teacher", "data"])
-def test_the_gradient_is_that_of_the_answer_against_the_tangent(normalise, teacher):
-    student, x0 = network(V()), noise(32, 3)
-    loss = loss_of(normalise=normalise)
+def test_the_gradient_is_that_of_the_answer_against_the_tangent(normalise, teacher, sigma_data):
+    student, x0 = network(V(), sigma_data=sigma_data), noise(32, 3)
+    # w / p = 1 / cos(t)^2 for any sigma_data, so that it is the answer alone that is weighed
+    weighting = EDMWeighting(p_mean=-0.4, p_std=1.4, sigma_data=sigma_data)
+    loss = ContinuousConsistencyLoss(schedule=SCHEDULE, weighting=weighting, normalise=normalise)
     terms = loss(student, x0, None, rng(32), teacher=teacher)
     (got,) = torch.autograd.grad(terms.total, student.network.weight)
-    cos, sin, _ = angle(VP, terms.logsnr)
-    eps = rng(32).randn("noise", (3,), dtype=D64)
-    y = cos[:, None] * x0 + sin[:, None] * eps
-    slope = cos[:, None] * eps - sin[:, None] * x0
+    cos, sin, _ = angle(VP, terms.logsnr, sigma_data)
+    eps, unit = rng(32).randn("noise", (3,), dtype=D64), x0 / sigma_data
+    y = cos[:, None] * unit + sin[:, None] * eps
+    slope = cos[:, None] * eps - sin[:, None] * unit
     if teacher is not None:
-        slope = trig_velocity(teacher, y, terms.logsnr)
-    g = sum(loss.tangent(student, y, slope, terms.logsnr))
+        slope = trig_velocity(teacher, y, terms.logsnr, None, sigma_data)
+    g = sum(loss.tangent(student, y, slope, terms.logsnr, None, sigma_data))
     if normalise is not None:
         # of Euclidean length below one, times the root of the dimensions, which no optimizer of ours notices
         g = g * math.sqrt(3) / (g.norm(dim=1, keepdim=True) + normalise)
         assert bool((g.square().mean(1) < 1).all())
-    pushed = -(trig_velocity(student, y, terms.logsnr) * g).mean()
+    pushed = -(trig_velocity(student, y, terms.logsnr, None, sigma_data) * g).mean()
     (expected,) = torch.autograd.grad(pushed, student.network.weight)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
@@ -201,7 +204,7 @@ def test_the_loss_leads_to_the_flow_map_and_stays_there(normalise):
 
 
 def test_the_levels_are_the_papers_and_so_is_the_balance():
-    """ln(sigma / alpha) is normal; e^w |..|^2 - w with w = -u, the weights of the paper's algorithm."""
+    """ln(sigma / alpha) is normal; half of e^w |..|^2 - w with w = -u, the weights of the paper's algorithm."""
     student, x0 = network(V()), noise(512, 3)
     loss = loss_of(uncertainty=8)
     plain = loss_of()(student, x0, None, rng(512))
@@ -213,12 +216,12 @@ def test_the_levels_are_the_papers_and_so_is_the_balance():
     with torch.no_grad():
         loss.uncertainty.bias.fill_(0.7)
     terms = loss(student, x0, None, rng(512))
-    expected = plain.total * math.exp(-0.7) + 0.7
+    expected = plain.total * math.exp(-0.7) + 0.5 * 0.7
     torch.testing.assert_close(terms.total, expected, rtol=1e-6, atol=0)
     assert torch.equal(terms.per_example, plain.per_example)
-    # and it moves to ln of the loss
+    # and it moves to ln of the paper's loss, twice ours: where that is one, the student's gradient is left alone
     (slope,) = torch.autograd.grad(terms.total, loss.uncertainty.bias)
-    assert float(slope) == pytest.approx(1 - math.exp(-0.7) * float(plain.total), abs=1e-6)
+    assert float(slope) == pytest.approx(0.5 - math.exp(-0.7) * float(plain.total), abs=1e-6)
 
 
 def test_in_float32_the_tangent_has_its_digits_at_both_ends():

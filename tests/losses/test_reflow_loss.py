@@ -90,17 +90,19 @@ def test_one_step_is_asked_at_the_noise_end_alone():
     ends = SPREAD * eps
 
     class AtNoise(Straight):
+        """What has to be found for sigma eps, where a sampler starts."""
+
         def __call__(self, x, logsnr, cond=None):
             assert float((COSINE.inverse(logsnr) - 1).abs().max()) < 1e-9
-            return super().__call__(x, logsnr, cond)
+            _, sigma = VP(logsnr)
+            return broadcast_right(self.spread / sigma, x) * x
 
     terms = loss_of()(AtNoise(VP), ends, eps, None, rng(16), one_step=True)
     assert float(terms.total) < 1e-18
     wrong = loss_of()(AtNoise(VP, 0.5), ends, eps, None, rng(16), one_step=True)
     # the same for each: no level counts more than another
-    alpha, sigma = VP(wrong.logsnr)
-    x = alpha[:, None] * ends + sigma[:, None] * eps
-    ratio = wrong.per_example / (ends - AtNoise(VP, 0.5)(x, wrong.logsnr)).square().mean(1)
+    _, sigma = VP(wrong.logsnr)
+    ratio = wrong.per_example / (ends - AtNoise(VP, 0.5)(sigma[:, None] * eps, wrong.logsnr)).square().mean(1)
     torch.testing.assert_close(ratio, ratio[:1].expand(16), rtol=1e-6, atol=0)
     # levels of the whole schedule otherwise
     assert float(loss_of()(Straight(VP), ends, eps, None, rng(16)).logsnr.std()) > 2

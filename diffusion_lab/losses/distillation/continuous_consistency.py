@@ -18,13 +18,15 @@ the tangent, zero everywhere for the true consistency function and no other. Mul
     loss  = ½ w / p cos(t)^2 mean |F - F_fixed - g|^2                           (`base.py`; w / p is 1 / cos(t)^2 for
                                                                                  weighting=snr_plus_one with d = 1)
 
-so that its gradient is that of -F . g. The slope y' is the teacher's F (distillation), or cos(t) eps - sin(t) x0 / d
-(training). r grows from 0, where F learns the slope itself, to 1. Nothing divides by sin or cos: log-SNR is the time
-that the network is told, and sin(t) cos(t) dlogsnr/dt is the constant -2.
+so that its gradient is that of -F . g. The paper's loss is twice that, and its g d times ours, hence its c. The slope
+y' is the teacher's F (distillation), or cos(t) eps - sin(t) x0 / d (training). r grows from 0, where F learns the slope
+itself, to 1. Log-SNR is the time that the network is told, and sin(t) cos(t) dlogsnr/dt is the constant -2: nothing
+divides by sin or cos, but for F of a guided teacher (by sin) and of an eps-prediction (by cos). Neither is dF/dlogsnr
+damped at the ends, as the paper's dF/dt is by an embedding of t that is slow there.
 
-With `uncertainty` the levels are balanced by a learned u(logsnr), loss e^-u + u (`losses/uncertainty.py`), the paper's
-adaptive weighting, w_phi = -u. `per_example` is ½ w / p cos(t)^2 mean g^2 before g is brought to one length, at r = 1:
-the loss itself says nothing, being nearly the same number always.
+With `uncertainty` the levels are balanced by a learned u(logsnr), loss e^-u + ½ u (`losses/uncertainty.py`), half of
+the paper's adaptive weighting with w_phi = -u. `per_example` is ½ w / p cos(t)^2 mean g^2 before g is brought to one
+length, at r = 1: the loss itself says nothing, being nearly the same number always.
 
 References:
     Lu & Song, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", 2024, sections 3 and 4 and
@@ -191,7 +193,7 @@ class ContinuousConsistencyLoss(DistillationLoss):
         losses = factor * square
         if self.uncertainty is not None:
             u = self.uncertainty(drawn)
-            losses = losses * torch.exp(-u) + u
+            losses = losses * torch.exp(-u) + 0.5 * u
         left = factor * (first + second).square().flatten(1).mean(1)
         return LossTerms(total=losses.mean(), per_example=left, logsnr=drawn)
 

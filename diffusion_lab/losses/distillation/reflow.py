@@ -1,7 +1,8 @@
 r"""Reflow: a student on the straight lines between noise and what its teacher's ODE makes of that noise.
 
     x1   = the teacher's ODE, from sigma eps at the start of a grid to the data          a pair (eps, x1)
-    x    = alpha x1 + sigma eps,   logsnr = schedule(u),  u ~ U[0, 1], or u = 1 alone for a student of one step
+    x    = alpha x1 + sigma eps,   logsnr = schedule(u),  u ~ U[0, 1]
+           sigma eps at u = 1 for a student of one step, whose sampler starts there
     loss = ½ w / p |eps - eps_hat(x)|^2                                                  (`base.py`; x0~ = x1)
 
 It is ordinary training in which data and noise belong together. Under rectified flow x runs on a straight line, whose
@@ -75,6 +76,9 @@ class ReflowLoss(DistillationLoss):
         u = rng.stratified("noise_level")
         logsnr, _ = NoiseLevels(schedule=self.schedule).at(torch.ones_like(u) if one_step else u)
         cond = drop_labels(cond, self.label_dropout, rng)
-        x = marginal(student.interpolant, ends, eps, level_for(ends, logsnr))
+        at = level_for(ends, logsnr)
+        # what little of the answer is left at the noise end is not there when it is sampled
+        start = torch.zeros_like(ends) if one_step else ends
+        x = marginal(student.interpolant, start, eps, at)
         per_example = self.against(student, x, ends, logsnr, cond)
         return LossTerms(total=per_example.mean(), per_example=per_example, logsnr=logsnr)

@@ -143,5 +143,5 @@ class ReflowModule(DistillationModule):
         table = getattr(getattr(self.denoiser.network, "conditioning", None), "label_embedding", None)
         if cond is None or table is None:
             return None
-        u = rng.stratified("pairs_label")
-        return {"label": (u * table.num_classes).long().clamp(max=table.num_classes - 1)}
+        # in random order: noise levels are even along the rows, and no class may have its own
+        return {"label": rng.randperm("pairs_label") * table.num_classes // rng.total}
