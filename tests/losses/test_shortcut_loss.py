@@ -4,14 +4,18 @@ import pytest
 import torch
 from problems import INTERPOLANTS, gaussian
 
+from diffusion_lab.denoisers import ShortcutDenoiser, Velocity
 from diffusion_lab.losses import DenoisingLoss, SNRPlusOne, VelocityMSE
 from diffusion_lab.losses.distillation import ShortcutLoss
+from diffusion_lab.networks import MLP
 from diffusion_lab.process import Cosine, RectifiedFlow, VariancePreserving
 from diffusion_lab.process.broadcast import broadcast_right
 from diffusion_lab.process.gaussian import ddim_step, inverse_ddim_step
 from diffusion_lab.process.schedules.sd3 import ModeSampling
 from diffusion_lab.rng import StepRNG
+from diffusion_lab.samplers import DDIM
 from diffusion_lab.samplers.grids import uniform_u
+from diffusion_lab.samplers.shortcut import Shortcut
 from diffusion_lab.typing import STEPS
 
 D64 = torch.float64
@@ -209,3 +213,36 @@ def test_a_batch_without_a_share_or_of_nothing_else_is_whole():
 def test_what_does_not_fit_is_one_line():
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\]"):
         loss_of(share=1.5)
+
+
+@pytest.mark.slow
+def test_a_trained_student_of_two_dimensions_has_the_same_samples_in_1_4_and_128_steps():
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = MLP(dim=2, width=128, depth=3, num_classes=0, scalars=[STEPS])
+    student = ShortcutDenoiser(
+        network=network, interpolant=RectifiedFlow(), prediction=Velocity(), finest=FINEST
+    )
+    loss, total = loss_of(TIME, VelocityMSE, share=0.5), 1500
+    optimizer = torch.optim.Adam(student.parameters())
+    corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    for step in range(total):
+        which = torch.randint(4, (256,), generator=generator)
+        x0 = corners[which] + 0.1 * torch.randn(256, 2, generator=generator)
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / total)
+        optimizer.zero_grad()
+        numbers = StepRNG(seed=0, step=step, positions=slice(None), total=256)
+        loss(student, x0, None, numbers).total.backward()
+        optimizer.step()
+    eps = torch.randn(1000, 2, generator=generator)
+    with torch.no_grad():
+        one, four, finest = (Shortcut()(student, eps, uniform_u(TIME, n)) for n in (1, 4, FINEST))
+        # the denoiser that it is for the finest steps makes the mean of all four of it
+        denoised = DDIM()(student, eps, uniform_u(TIME, 1))
+    apart = [float((x - finest).square().mean().sqrt()) for x in (four, one, denoised)]
+    assert apart[0] < 0.1 and apart[1] < 0.2 and apart[2] > 0.8
+    for x, far in ((one, 0.15), (four, 0.05), (finest, 0.02)):
+        distance, nearest = (x[:, None] - corners).norm(dim=2).min(1)
+        assert float((distance > 0.4).float().mean()) < far
+        assert int(torch.bincount(nearest, minlength=4).min()) > 180
