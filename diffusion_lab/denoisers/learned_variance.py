@@ -17,6 +17,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -54,8 +55,8 @@ class LearnedVarianceDenoiser(NetworkDenoiser):
                 f"this one has {answer.shape[1]}: set model.out_channels={2 * x.shape[1]}"
             )
         raw, v = answer.chunk(2, dim=1)
-        x0 = x0_from(self.prediction, x, raw, alpha, sigma)
-        return VarianceOutput(x0=x0, raw=raw, fraction=0.5 * (v + 1.0))
+        read_x0 = partial(x0_from, self.prediction, x, raw, alpha, sigma)
+        return VarianceOutput(raw=raw, read_x0=read_x0, fraction=0.5 * (v + 1.0))
 
     def with_variance(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> tuple[Tensor, Tensor]:
         """Return E[x0 | x] and c in [0, 1], both `(B, *D)`, from one call of the network.

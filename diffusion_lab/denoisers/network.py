@@ -15,7 +15,9 @@ The network may run in lower precision under autocast; the coefficients and x0_h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +33,17 @@ class Output:
     """What a network denoiser can tell a loss.
 
     Attributes:
-        x0: Posterior mean, `(B, *D)`.
         raw: The network's own output F, `(B, *D)`, put together of several where the prediction says so.
-        logvar: Optional log-uncertainty, `(B,)`.
-        features: Optional inner activations.
+        read_x0: Makes x0 of it.
     """
 
-    x0: Tensor
     raw: Tensor
-    logvar: Tensor | None = None
-    features: tuple[Tensor, ...] | None = None
+    read_x0: Callable[[], Tensor] = field(repr=False)
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """Posterior mean, `(B, *D)`; made when it is first asked for, which losses of F never do."""
+        return self.read_x0()
 
 
 class NetworkDenoiser(nn.Module):
@@ -99,7 +102,7 @@ class NetworkDenoiser(nn.Module):
         """
         merge = getattr(self.prediction, "merge", None)
         raw = answer if merge is None else merge(answer, x, alpha, sigma)
-        return Output(x0=x0_from(self.prediction, x, raw, alpha, sigma), raw=raw)
+        return Output(raw=raw, read_x0=partial(x0_from, self.prediction, x, raw, alpha, sigma))
 
     def forward(self, x: Tensor, logsnr: Tensor, cond: Cond | None = None) -> Tensor:
         """Return E[x0 | x], of the shape of `x`. See `predict`."""
