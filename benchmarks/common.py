@@ -81,7 +81,7 @@ def report(
     name: str,
     rows: Sequence[Mapping[str, Any]],
     ratios: Mapping[str, float],
-    tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    tables: Mapping[str, Sequence[Mapping[str, Any]] | str] | None = None,
 ) -> None:
     """Print a table of `rows`, keep the result, and print it as one JSON line.
 
@@ -89,7 +89,7 @@ def report(
         name: Name of the benchmark.
         rows: What was measured; rows may lack a column.
         ratios: 1.0 is parity, larger is better for us.
-        tables: The same figures arranged for a page, by name.
+        tables: The same figures arranged for a page, by name; "measure" says what a distance is.
     """
     table = Table(title=name)
     columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -153,7 +154,7 @@ def teacher_of(runs: Path, data: str, seed: int) -> Path:
 def student_of(runs: Path, data: str, name: str, steps: int, seed: int) -> Path:
     """The run that has a method's student of so many steps."""
     many = METHODS[name].one_run
-    return runs / data / f"{name.replace(' ', '_')}-{'all' if many else steps}-{seed}"
+    return runs / data / f"{re.sub('[^A-Za-z0-9]+', '_', name)}-{'all' if many else steps}-{seed}"
 
 
 def teach(runs: Path, data: str, seed: int, *, guided: bool) -> None:
@@ -304,7 +305,10 @@ def main(words: Sequence[str] | None = None) -> None:
     each = by_seed(runs, options.data, options.seeds)
     rows, ratios = summary(each)
     picture(runs, options.data)
-    report(f"distillation_{options.data}", rows, ratios, {"by_seed": each})
+    measure = (
+        f"FD@{SAMPLES[options.data]} ({options.data}-cnn) from the test images (and from the training images)"
+    )
+    report(f"distillation_{options.data}", rows, ratios, {"by_seed": each, "measure": measure})
 
 
 if __name__ == "__main__":

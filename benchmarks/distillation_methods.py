@@ -37,9 +37,13 @@ HALVED = ("ema=steps_{steps}", "grid.steps={steps}")
 AT_SCALE = f"guidance.scale={SCALE}"
 METHODS = {
     "progressive": Method("progressive/{data}", asked=HALVED, one_run=True),
+    # as many images as cost about as much as training the teacher
+    "progressive, short": Method(
+        "progressive/{data}", words=("max_images=51_200",), asked=HALVED, one_run=True
+    ),
     "consistency": Method("consistency/{data}", words=("method.steps={steps}",)),
     "consistency training": Method(
-        "consistency/{data}", words=("method.steps={steps}", "method.from_data=true")
+        "consistency/{data}", steps=(1, 4), words=("method.steps={steps}", "method.from_data=true")
     ),
     "moment matching": Method("moment_matching/{data}", words=("method.steps={steps}",)),
     "moment matching, instant": Method("moment_matching/{data}_instant", steps=(8,)),
