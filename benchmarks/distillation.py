@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import ROOT, report
-from distillation_methods import MANY, METHODS, SCALE, STEPS
+from distillation_methods import MANY, METHODS, SCALE, STEPS, methods
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -211,7 +211,7 @@ def by_seed(runs: Path, data: str, seeds: int) -> list[dict[str, Any]]:
                     rows.append(row(name, found) | {"steps": steps})
         second = evaluation_s(teacher, shape)
         taught = float((teacher / "benchmark" / "seconds").read_text().split()[0])
-        for name, method in METHODS.items():
+        for name, method in methods(data).items():
             for steps in sorted(method.steps, reverse=True):
                 folder = student_of(runs, data, name, steps, seed)
                 if (found := known(folder, f"{steps}")) is None:
@@ -261,7 +261,7 @@ def picture(runs: Path, data: str) -> None:
     lines: list[tuple[str, Path]] = [
         (f"teacher, {steps}", teacher_of(runs, data, 0) / "benchmark" / f"{steps}") for steps in (MANY, 4, 1)
     ]
-    for name, method in METHODS.items():
+    for name, method in methods(data).items():
         lines += [
             (f"{name}, {steps}", student_of(runs, data, name, steps, 0) / "benchmark" / f"{steps}")
             for steps in sorted(method.steps, reverse=True)
@@ -287,19 +287,20 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "distillation")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(words)
-    runs = options.runs.resolve()
+    runs, offered = options.runs.resolve(), methods(options.data)
+    chosen = {name: offered[name] for name in options.only if name in offered}
     with ThreadPoolExecutor(options.workers) as pool:
-        guided = any(METHODS[name].guided for name in options.only)
+        guided = any(method.guided for method in chosen.values())
         list(pool.map(lambda seed: teach(runs, options.data, seed, guided=guided), range(options.seeds)))
         # students of students after their teachers
         for later in (False, True):
             jobs = [
                 (name, steps, seed)
                 for seed in range(options.seeds)
-                for name in options.only
-                if bool(METHODS[name].of) == later
-                for steps in (METHODS[name].steps[:1] if METHODS[name].one_run else METHODS[name].steps)
-                if METHODS[name].one_run or steps in (*options.steps, MANY)
+                for name, method in chosen.items()
+                if bool(method.of) == later
+                for steps in (method.steps[:1] if method.one_run else method.steps)
+                if method.one_run or steps in (*options.steps, MANY)
             ]
             list(pool.map(lambda job: distil(runs, options.data, *job), jobs))
     each = by_seed(runs, options.data, options.seeds)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from common import ROOT
 
 STEPS = (1, 2, 4, 8)
 MANY = 256
@@ -47,7 +49,7 @@ METHODS = {
     ),
     "moment matching": Method("moment_matching/{data}", words=("method.steps={steps}",)),
     "moment matching, instant": Method("moment_matching/{data}_instant", steps=(8,)),
-    "EM, K = 16": Method("em/{data}", steps=(1,)),
+    "EM, K = 16": Method("em/{data}", steps=(1,), words=("method.loss.langevin_steps=16",)),
     "EM, K = 1": Method(
         "em/{data}", steps=(1,), words=("method.loss.langevin_steps=1", "method.loss.gamma_z=0")
     ),
@@ -71,3 +73,19 @@ METHODS = {
         guided=True,
     ),
 }
+TELLING = {"consistency": (4,), "consistency training": (4,), "moment matching": (8,)}
+"""On MNIST, for methods with a run for each number of steps: the most telling one."""
+
+
+def methods(data: str) -> dict[str, Method]:
+    """The methods that have a recipe for a data set, with the numbers of steps that are tried there."""
+    found = {
+        name: method
+        for name, method in METHODS.items()
+        if (ROOT / "conf" / "experiment" / f"{method.experiment.format(data=data)}.yaml").is_file()
+    }
+    if data == "mnist":
+        # what is about digits' own costs
+        found.pop("progressive, short")
+        found |= {name: replace(found[name], steps=steps) for name, steps in TELLING.items()}
+    return found
