@@ -89,6 +89,7 @@ class DiffusionModule(pl.LightningModule):
             gradient overflowed. The clock counts it all the same, for its images were drawn and are not drawn again;
             averages do not.
         terms: Losses of the micro-batches of the current step on this process, detached.
+        turn: Who learns in this step, by name, where several networks do so in turns; None otherwise.
         guard: Checks that losses and gradients are finite; see `FiniteGuard`.
         paused_s: Seconds that sampling, scoring and saving took, which throughput does not count.
 
@@ -128,6 +129,7 @@ class DiffusionModule(pl.LightningModule):
         self.stepped = False
         self.updated = False
         self.terms: list[LossTerms] = []
+        self.turn: str | None = None
         self.paused_s = 0.0
         self._micro = 0
         self._base_lr: list[float] = []

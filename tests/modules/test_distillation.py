@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from tiny_distillation import BATCH, OPTIMIZER, denoiser, fit, state, two_parts
 
 from diffusion_lab.callbacks.base import StepCallback
@@ -112,6 +113,41 @@ def test_new_layers_keep_their_initialisation_and_all_else_must_fit():
         with pytest.raises(ValueError, match=words) as error:
             inherit(a, b)
         assert "\n" not in str(error.value)
+
+
+class Rows(DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+
+def test_the_log_tells_the_turns_apart_also_after_a_resume_between_two_rows(tmp_path):
+    def rows(folder, **options):
+        module, seen = two_parts(), []
+
+        class Watch(StepCallback):
+            def on_step(self, trainer, module):
+                seen.append((module.turn, float(module.step_loss())))
+
+        extra, logger = [Watch()], Rows()
+        fit(folder, module, 8 * BATCH, extra=extra, logged=4 * BATCH, logger=logger, **options)
+        return [row for _, row in logger.rows if "loss" in row], seen
+
+    whole, seen = rows(tmp_path / "whole")
+    assert [turn for turn, _ in seen] == ["auxiliary", "auxiliary", "student"] * 2 + ["auxiliary"] * 2
+    for row, part in zip(whole, (seen[:4], seen[4:]), strict=True):
+        for turn in ("auxiliary", "student"):
+            own = [loss for name, loss in part if name == turn]
+            assert row[f"loss_{turn}"] == pytest.approx(sum(own) / len(own), rel=1e-6)
+        assert row["loss"] == pytest.approx(sum(loss for _, loss in part) / 4, rel=1e-6)
+    checkpoint = tmp_path / "whole" / "checkpoints" / f"images-{6 * BATCH:010d}.ckpt"
+    again, _ = rows(tmp_path / "again", resume=checkpoint)
+    assert again == whole[1:]
 
 
 @pytest.mark.parametrize("at", [1, 2, 4])

@@ -133,12 +133,14 @@ def fit(
     accumulate=1,
     strategy="auto",
     devices=1,
+    logged=BATCH,
+    logger=False,
 ):
     folder.mkdir(parents=True, exist_ok=True)
     # whatever state the process is in must not matter
     torch.manual_seed(hash(str(folder)) % 1000)
     callbacks = [
-        TrainingLog(every_images=BATCH),
+        TrainingLog(every_images=logged),
         GradientNorm(every_images=BATCH, clip=1.0),
         *extra,
         KeptWeights(dirpath=str(folder / "kept")),
@@ -146,7 +148,7 @@ def fit(
         StopAtImages(max_images=max_images),
     ]
     trainer = pl.Trainer(
-        accelerator="cpu", devices=devices, strategy=strategy, max_epochs=-1, callbacks=callbacks, logger=False,
+        accelerator="cpu", devices=devices, strategy=strategy, max_epochs=-1, callbacks=callbacks, logger=logger,
         plugins=[AtomicCheckpointIO()], accumulate_grad_batches=accumulate, use_distributed_sampler=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=str(folder),
