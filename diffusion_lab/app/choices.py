@@ -10,6 +10,7 @@ With several runs in one sweep the recorded nodes must agree, for Hydra composes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,29 @@ def chosen_by_protocol(name: str | None, conf: Sequence[Path]) -> set[str]:
     return set()
 
 
+def chosen_by_experiment(name: str | None, group: str, conf: Sequence[Path]) -> str | None:
+    """Return the option of a group that an experiment chooses, or one that it builds on; None if it leaves it alone.
+
+    Args:
+        name: Name of the experiment; None for none.
+        group: Name of the group.
+        conf: The folders of the config groups.
+    """
+    import yaml
+
+    for file in (folder / "experiment" / f"{name}.yaml" for folder in conf):
+        if not name or not file.is_file():
+            continue
+        defaults = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults") or []
+        for item in defaults:
+            if isinstance(item, dict) and f"override /{group}" in item:
+                return str(item[f"override /{group}"])
+        built_on = [item for item in defaults if isinstance(item, str) and item != "_self_"]
+        found = (chosen_by_experiment(item, group, conf) for item in built_on)
+        return next((option for option in found if option is not None), None)
+    return None
+
+
 def complete(app: str, argv: Sequence[str], conf: Sequence[Path] = ()) -> Completed:
     """Complete the command line of `sample` or `evaluate` with what the run recorded.
 
@@ -227,6 +251,10 @@ def complete(app: str, argv: Sequence[str], conf: Sequence[Path] = ()) -> Comple
         store.store(group=group, name=FROM_RUN, node=node, provider="run")
     injected = [f"{group}={FROM_RUN}" for group in nodes]
     injected += [f"{key}={_value(fact)}" for key, fact in facts.items() if key not in chosen]
+    # the student of N steps is for N steps
+    of_steps = re.fullmatch(r"steps_([0-9]+)", dict(given).get("ema", ""))
+    if of_steps and "grid.steps" not in dict(given) and "steps" in (nodes.get("grid") or {}):
+        injected.append(f"grid.steps={of_steps[1]}")
     quoted = ",".join(_quote(str(folder)) for folder in folders)
     flags = [argument for argument in argv if argument not in user]
     rest = [f"run={quoted}" if argument.startswith("run=") else argument for argument in user]

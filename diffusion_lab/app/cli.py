@@ -189,7 +189,7 @@ def _prepare(session: Session, argv: list[str]) -> list[str]:
     if session.app == "train":
         check_resume(argv)
         check_sweep(argv, multirun=session.multirun or _only_shows(argv))
-        completed = complete_student(argv)
+        completed = complete_student(argv, session.folders)
     else:
         completed = complete(session.app, argv, session.folders)
     argv, session.recorded, session.injected = completed.argv, completed.recorded, completed.injected

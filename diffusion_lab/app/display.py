@@ -17,6 +17,7 @@ from rich.table import Table
 from diffusion_lab.app import record
 from diffusion_lab.app.allowlist import TRUST, needs_trust
 from diffusion_lab.app.run import RunFolder
+from diffusion_lab.app.teacher import makes_images
 
 
 def clock(seconds: float) -> str:
@@ -84,13 +85,15 @@ def summary(folder: RunFolder, config: Mapping[str, Any], exported: Sequence[Pat
     if loss is not None:
         facts.append(("loss", f"{loss:.4f}"))
     if exported:
-        facts.append(("weights", ", ".join(str(path) for path in exported)))
+        names = ", ".join(path.stem for path in exported)
+        facts.append(("weights", f"{exported[0].parent}: {names}" if len(exported) > 1 else str(exported[0])))
         own = needs_trust(dict(config))
         trust = f"{TRUST}={','.join(own)} " if own else ""
         use = f"run={folder.path}"
         if "classifier" in config["method"]:
             use = f"run=<a denoiser's run> guidance=classifier guidance.classifier.{use}"
-        facts.append(("sample", f"{trust}python sample.py {use}"))
+        if makes_images(config["method"]):
+            facts.append(("sample", f"{trust}python sample.py {use}"))
     else:
         facts.append(("weights", "none kept: the callback `checkpoints` was left out"))
     facts.append(("report", str(report)))

@@ -19,6 +19,7 @@ from diffusion_lab.app.build import Loaded, generation_of
 from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.job import Job, streams
 from diffusion_lab.app.stored import CLASSIFIER, WEAK, placed, replaced
+from diffusion_lab.app.teacher import makes_images
 from diffusion_lab.denoisers.bridge import BridgeField
 from diffusion_lab.process.interpolants import Interpolant
 from diffusion_lab.process.stochastic_interpolant import StochasticInterpolant
@@ -113,8 +114,12 @@ def probe(job: Job, loaded: Loaded, y: Tensor | None = None) -> Probed:
         y: The first measurement, `(1, *M)`, where a posterior is sampled.
 
     Raises:
-        UserError: If guidance or sampler refuse the model, the measurement, or each other.
+        UserError: If the model makes no images, or guidance or sampler refuse it, the measurement, or each other.
     """
+    if not makes_images(loaded.config["method"]):
+        raise UserError(
+            "this student is an encoder, which makes noise of images: see benchmarks/style_transfer.py"
+        )
     method = loaded.config["method"]["denoiser"]
     blanks = {
         WEAK: {"_target_": f"{__name__}.Blank", "interpolant": method.get("interpolant")},

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_lab.app.choices import (
     FROM_RUN,
     Completed,
+    chosen_by_experiment,
     is_multirun,
     override,
     read_run,
@@ -44,14 +45,16 @@ OF_RUN = {"batch_size": "${batch_size}", "seed": "${seed}"}
 """What a data set's config takes from the run that it belongs to."""
 
 
-def complete(argv: Sequence[str]) -> Completed:
+def complete(argv: Sequence[str], conf: Sequence[Path] = ()) -> Completed:
     """Complete the command line of `train` with what the teacher it names recorded; one that names none is left alone.
 
     Args:
         argv: The arguments as typed, program name left out.
+        conf: The folders of the config groups.
 
     Raises:
-        UserError: If the folder is no run, or the teachers of a sweep differ in what a student takes over.
+        UserError: If the folder is no run, the teachers of a sweep differ in what a student takes over, or the
+            experiment is a recipe for other data than the teacher's and no data are named.
     """
     given = [pair for argument in argv if (pair := split_override(argument)) is not None]
     value = dict(given).get(KEY)
@@ -59,8 +62,11 @@ def complete(argv: Sequence[str]) -> Completed:
         return Completed(list(argv), {}, [])
     folders = run_folders(value, multirun=is_multirun(argv))
     configs = [_read(folder) for folder in folders]
+    choices = configs[0].get("choices") or {}
     chosen = {split[0] for item in argv if (split := split_override(item)) and "@" not in item.split("=")[0]}
     groups = [group for group in GROUPS if group not in chosen]
+    if "dataset" in groups:
+        _check_experiment(dict(given).get("experiment"), choices.get("dataset"), conf)
     nodes = [_nodes(config, groups) for config in configs]
     for folder, other in zip(folders[1:], nodes[1:], strict=True):
         for group, node in nodes[0].items():
@@ -82,8 +88,17 @@ def complete(argv: Sequence[str]) -> Completed:
     user = [argument for argument in argv if split_override(argument) is not None or argument.startswith("~")]
     flags = [argument for argument in argv if argument not in user]
     quoted = [override(KEY, _plain(argument)) if _is_run(argument) else argument for argument in user]
-    choices = configs[0].get("choices") or {}
     return Completed([*flags, *injected, *quoted], {group: choices.get(group) for group in groups}, injected)
+
+
+def _check_experiment(name: str | None, data: str | None, conf: Sequence[Path]) -> None:
+    """Refuse a recipe for other data than the teacher's."""
+    recipe = chosen_by_experiment(name, "dataset", conf)
+    if data and recipe not in (None, data):
+        raise UserError(
+            f"experiment={name} is a recipe for {recipe}, and the teacher's data are {data}: take another experiment, "
+            f"or add dataset={data}"
+        )
 
 
 def _is_run(argument: str) -> bool:
@@ -220,6 +235,15 @@ def with_teacher(method: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(node, Mapping) or "sha256" not in node:
         return dict(method)
     return {**method, "teacher": {"_target_": TARGET, "kind": "teacher", **node}}
+
+
+def makes_images(method: Mapping[str, Any]) -> bool:
+    """Whether what a method's config trains can be sampled: a distilled encoder takes images to noise."""
+    from hydra.utils import get_object
+
+    loss = method.get("loss")
+    target = loss.get("_target_") if isinstance(loss, Mapping) else None
+    return not isinstance(target, str) or bool(getattr(get_object(target), "makes_images", True))
 
 
 def portable(method: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,10 @@ import torch
 from omegaconf import OmegaConf
 
 from diffusion_lab.app.build import load_denoiser
+from diffusion_lab.app.choices import complete as sampling
 from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.cli import conf_folder
+from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.export import metadata
 from diffusion_lab.app.run import identity
 from diffusion_lab.app.teacher import complete
@@ -184,6 +187,41 @@ def test_what_is_chosen_is_not_completed_and_teachers_of_a_sweep_must_agree(teac
     OmegaConf.save(config, other / "config.yaml")
     with pytest.raises(Exception, match="differ in their schedule"):
         complete(["-m", f"method.teacher.run={teacher},{other}"])
+
+
+def test_a_recipe_for_other_data_is_refused_unless_data_are_named(teacher):
+    words = [f"method.teacher.run={teacher}", "experiment=reflow/cifar10_one_step"]
+    # which takes its data from the experiment that it builds on
+    with pytest.raises(
+        UserError, match="is a recipe for cifar10, and the teacher's data are digits"
+    ) as error:
+        complete(words, [conf_folder()])
+    assert "dataset=digits" in str(error.value) and "\n" not in str(error.value)
+    for more in (["dataset=digits"], ["dataset=cifar10"]):
+        assert "dataset=from_run" not in complete([*words, *more], [conf_folder()]).argv
+    own = complete([words[0], "experiment=progressive/digits"], [conf_folder()])
+    assert "dataset=from_run" in own.argv
+
+
+def test_a_kept_student_is_sampled_in_its_own_number_of_steps(student):
+    def injected(*more):
+        return [word for word in sampling("sample", [f"run={student}", *more]).injected if "steps" in word]
+
+    assert injected("ema=steps_2") == ["grid.steps=2"]
+    assert injected("ema=steps_2", "grid.steps=5") == injected("ema=raw") == injected() == []
+    # another grid has its own number, or none
+    assert injected("ema=steps_2", "grid=from_logsnrs") == injected("ema=steps_1,steps_2", "-m") == []
+
+
+def test_an_encoder_is_not_sampled(student, tmp_path, capsys):
+    encoder = tmp_path / "encoder"
+    shutil.copytree(student, encoder)
+    config = OmegaConf.load(encoder / "config.yaml")
+    config.method.loss._target_ = "diffusion_lab.losses.distillation.EncoderLoss"
+    OmegaConf.save(config, encoder / "config.yaml")
+    sample(tmp_path / "out", encoder, code=2)
+    error = capsys.readouterr().err
+    assert "this student is an encoder" in error and error.count("\n") == 1
 
 
 def test_the_identity_is_the_teachers_weights_not_its_place():

@@ -9,6 +9,8 @@ means there; levels are drawn evenly in the schedule's u unless a method says ot
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,9 @@ class DistillationLoss(nn.Module):
     Raises:
         ValueError: If `label_dropout` is outside [0, 1], or the schedule, or that of the weighting, learns or adapts.
     """
+
+    makes_images: ClassVar[bool] = True
+    """Whether its student can be sampled."""
 
     def __init__(self, *, schedule: Schedule, weighting: Weighting, label_dropout: float = 0.0) -> None:
         super().__init__()

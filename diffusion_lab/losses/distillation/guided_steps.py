@@ -51,6 +51,8 @@ class EncoderLoss(ProgressiveLoss):
         ValueError: As `DistillationLoss`; if the schedule has no finite clean end.
     """
 
+    makes_images = False
+
     def __init__(self, *, schedule: Schedule, weighting: Weighting, label_dropout: float = 0.0) -> None:
         super().__init__(schedule=schedule, weighting=weighting, label_dropout=label_dropout)
         if not math.isfinite(float(schedule(torch.zeros((), dtype=torch.float64, device="cpu")))):

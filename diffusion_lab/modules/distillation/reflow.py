@@ -102,7 +102,7 @@ class ReflowModule(DistillationModule):
             eps = self.noise(x0, rng)
             ends = self.made(eps, cond)
         else:
-            number, again = self.turn(x0)
+            number, again = self.pairs_of_step(x0)
             eps, cond = self.noise(x0, again), self.labels(cond, again)
             key = number, self._micro
             if key not in self._ends:
@@ -118,7 +118,7 @@ class ReflowModule(DistillationModule):
         """Return what the teacher's ODE makes of noise `eps` `(B, *D)`."""
         return carried(self.guided, self.sampler, self.grid, eps, cond)
 
-    def turn(self, x0: Tensor) -> tuple[int, StepRNG]:
+    def pairs_of_step(self, x0: Tensor) -> tuple[int, StepRNG]:
         """Return the number of the batch of pairs whose turn it is, and its random numbers."""
         assert self.batches is not None
         number = self.step
