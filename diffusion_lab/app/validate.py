@@ -46,10 +46,11 @@ def validate(cfg: DictConfig, schema: type) -> None:
 
 
 def drop_absent_parts(cfg: DictConfig, groups: Mapping[str, Sequence[str]], overrides: Sequence[str]) -> None:
-    """Drop settings of callbacks, loggers, averages and modifiers that were not chosen.
+    """Drop settings of callbacks, loggers, averages and modifiers that were not chosen, and steps of a grid without.
 
     An experiment sets the intervals of its callbacks; `callbacks=none` on top of it leaves these settings without an
-    object to belong to. That is no mistake, as long as the part exists and the user himself did not name it.
+    object to belong to. That is no mistake, as long as the part exists and the user himself did not name it. Nor is the
+    number of steps that an experiment or `debug=fast` sets, where the levels of the grid chosen are named one by one.
 
     Args:
         cfg: The composed config; changed in place.
@@ -73,6 +74,21 @@ def drop_absent_parts(cfg: DictConfig, groups: Mapping[str, Sequence[str]], over
                     raise UserError(f"{override}: '{name}' is not among the {group} chosen")
             with open_dict(cfg):
                 del cfg[group][name]
+    grid = cfg.get("grid")
+    if isinstance(grid, DictConfig) and "steps" in grid and not _takes(grid, "steps"):
+        if not any(override.lstrip("+~").startswith("grid.steps=") for override in overrides):
+            with open_dict(cfg):
+                del cfg.grid["steps"]
+
+
+def _takes(node: DictConfig, name: str) -> bool:
+    """Whether the target of a node has an argument; one that does not exist is for `check_node` to tell."""
+    try:
+        definition = resolve(str(node.get("_target_")))
+    except TargetNotFound:
+        return True
+    accepted = signature(definition) if definition is not None else None
+    return accepted is None or accepted.open or name in accepted.parameters
 
 
 def _known(node: DictConfig, schema: type, prefix: str) -> None:

@@ -335,3 +335,19 @@ def test_settings_of_parts_that_were_not_chosen_are_dropped():
         UserError, match=r"^callbacks.checkpoints.keep=3: 'checkpoints' is not among the callbacks chosen$"
     ):
         drop({"checkpoints": {"keep": 3}}, ["callbacks.checkpoints.keep=3"])
+
+
+def test_a_grid_whose_levels_are_named_one_by_one_loses_steps_that_the_user_did_not_name():
+    grids = "diffusion_lab.samplers.grids."
+    named = {"_target_": f"{grids}from_logsnrs", "logsnrs": [0.0], "steps": 2}
+    cfg = OmegaConf.create({"grid": named})
+    drop_absent_parts(cfg, {}, ["debug=fast"])
+    assert "steps" not in cfg.grid
+    cfg = OmegaConf.create({"grid": named})
+    drop_absent_parts(cfg, {}, ["grid.steps=2"])
+    with pytest.raises(UserError, match="has no argument 'steps'"):
+        check_node(cfg.grid, "grid")
+    for target in ("uniform_u", "no_such_grid"):
+        cfg = OmegaConf.create({"grid": {"_target_": f"{grids}{target}", "steps": 2}})
+        drop_absent_parts(cfg, {}, [])
+        assert cfg.grid.steps == 2
