@@ -160,6 +160,16 @@ def _without_run(argv: Sequence[str], chosen: set[str]) -> Completed:
     return Completed(list(argv), {}, [])
 
 
+def _defaults(group: str, name: str | None, conf: Sequence[Path]) -> list[Any]:
+    """Return the defaults list of an option, from the first folder that has it; nothing where none does."""
+    import yaml
+
+    for file in (folder / group / f"{name}.yaml" for folder in conf):
+        if name and file.is_file():
+            return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults") or []
+    return []
+
+
 def chosen_by_protocol(name: str | None, conf: Sequence[Path]) -> set[str]:
     """Return the groups that a protocol chooses, in place of what a run recorded.
 
@@ -167,15 +177,9 @@ def chosen_by_protocol(name: str | None, conf: Sequence[Path]) -> set[str]:
         name: Name of the protocol; None for none.
         conf: The folders of the config groups.
     """
-    import yaml
-
-    for folder in conf:
-        file = folder / "protocol" / f"{name}.yaml"
-        if name and file.is_file():
-            defaults = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults") or []
-            words = [str(key).split() for item in defaults if isinstance(item, dict) for key in item]
-            return {parts[-1].lstrip("/") for parts in words if parts[0] == "override"}
-    return set()
+    defaults = _defaults("protocol", name, conf)
+    words = [str(key).split() for item in defaults if isinstance(item, dict) for key in item]
+    return {parts[-1].lstrip("/") for parts in words if parts[0] == "override"}
 
 
 def chosen_by_experiment(name: str | None, group: str, conf: Sequence[Path]) -> str | None:
@@ -186,19 +190,13 @@ def chosen_by_experiment(name: str | None, group: str, conf: Sequence[Path]) -> 
         group: Name of the group.
         conf: The folders of the config groups.
     """
-    import yaml
-
-    for file in (folder / "experiment" / f"{name}.yaml" for folder in conf):
-        if not name or not file.is_file():
-            continue
-        defaults = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults") or []
-        for item in defaults:
-            if isinstance(item, dict) and f"override /{group}" in item:
-                return str(item[f"override /{group}"])
-        built_on = [item for item in defaults if isinstance(item, str) and item != "_self_"]
-        found = (chosen_by_experiment(item, group, conf) for item in built_on)
-        return next((option for option in found if option is not None), None)
-    return None
+    defaults = _defaults("experiment", name, conf)
+    for item in defaults:
+        if isinstance(item, dict) and f"override /{group}" in item:
+            return str(item[f"override /{group}"])
+    built_on = [item for item in defaults if isinstance(item, str) and item != "_self_"]
+    found = (chosen_by_experiment(item, group, conf) for item in built_on)
+    return next((option for option in found if option is not None), None)
 
 
 def complete(app: str, argv: Sequence[str], conf: Sequence[Path] = ()) -> Completed:

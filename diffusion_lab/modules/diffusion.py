@@ -215,6 +215,10 @@ class DiffusionModule(pl.LightningModule):
         rows = self.global_batch_size // self.trainer.accumulate_grad_batches
         return slice(micro * rows + self.trainer.global_rank, (micro + 1) * rows, self.trainer.world_size)
 
+    def micro_seed(self, tag: str) -> int:
+        """Return this process's seed for one purpose in the micro-batch that is being done, which counts as begun."""
+        return derive_seed(tag, self.seed, self.step, self._micro - 1, self.trainer.global_rank)
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch `{"x0": (B, *D), "label": (B,) optional}`."""
         micro, step = self._micro, self.step
@@ -230,7 +234,7 @@ class DiffusionModule(pl.LightningModule):
                 f"the loader gave {x0.shape[0]} examples where this process expects {expected}: the datamodule's "
                 f"batch_size must be the global batch size {self.global_batch_size}"
             )
-        seed_global(derive_seed("dropout", self.seed, step, micro, self.trainer.global_rank), x0.device)
+        seed_global(self.micro_seed("dropout"), x0.device)
         rng = StepRNG(
             seed=self.seed, step=step, positions=rows, total=self.global_batch_size, device=x0.device
         )

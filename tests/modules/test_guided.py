@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_distillation import BATCH, SCHEDULE, fit, state
+from tiny_distillation import BATCH, SCHEDULE, Hearing, fit, hearing_teacher, state
 from torch import nn
 
 from diffusion_lab.callbacks.base import StepCallback
@@ -13,7 +13,6 @@ from diffusion_lab.losses import TruncatedSNR
 from diffusion_lab.losses.distillation import DoubleStepLoss, EncoderLoss, GuidedLoss, ProgressiveLoss
 from diffusion_lab.modules.distillation import GuidedModule, GuidedProgressiveModule
 from diffusion_lab.networks import UNet
-from diffusion_lab.networks.conditioning import Conditioning
 from diffusion_lab.networks.edm2 import EDM2
 from diffusion_lab.process import VariancePreserving
 
@@ -21,31 +20,12 @@ SCALES = (1.0, 4.0)
 TOTAL = 6 * BATCH
 
 
-class Net(nn.Module):
-    """A small network that hears labels, and with `told` a guidance scale."""
-
-    def __init__(self, seed=0, told=False):
-        super().__init__()
-        scalars = [GUIDANCE_SCALE] if told else []
-        self.conditioning = Conditioning(features=4, width=12, num_classes=2, scalars=scalars)
-        self.first, self.drop, self.last = nn.Linear(4, 12), nn.Dropout(0.3), nn.Linear(12, 4)
-        generator = torch.Generator().manual_seed(seed)
-        for p in self.parameters():
-            nn.init.normal_(p, std=0.4, generator=generator)
-
-    def forward(self, x, logsnr, cond=None):
-        self.conditioning.check(cond, "Net")
-        h = self.first(x.flatten(1)) + self.conditioning(logsnr, cond, len(x))
-        return self.last(self.drop(torch.tanh(h))).view_as(x)
-
-
-def teacher_of(seed=2):
-    return NetworkDenoiser(network=Net(seed), interpolant=VariancePreserving(), prediction=V())
-
-
 def student_of(seed=1, scales=SCALES):
     return GuidedDenoiser(
-        network=Net(seed, told=True), interpolant=VariancePreserving(), prediction=V(), scales=scales
+        network=Hearing(seed, scalars=[GUIDANCE_SCALE]),
+        interpolant=VariancePreserving(),
+        prediction=V(),
+        scales=scales,
     )
 
 
@@ -74,7 +54,9 @@ def options_of(loss):
 
 
 def first(**options):
-    return First(**{"denoiser": student_of(), "teacher": teacher_of(), **options_of(GuidedLoss), **options})
+    return First(
+        **{"denoiser": student_of(), "teacher": hearing_teacher(), **options_of(GuidedLoss), **options}
+    )
 
 
 def second(loss=ProgressiveLoss, **options):
@@ -220,10 +202,10 @@ def test_a_network_of_ours_begins_as_its_teacher_and_one_that_keeps_magnitudes_i
     ("make", "words"),
     [
         (lambda: first(teacher=student_of(seed=2)), "told a guidance scale already: method=guided_progressive"),
-        (lambda: second(teacher=teacher_of()), "told no guidance scale: train a run of method=guided"),
+        (lambda: second(teacher=hearing_teacher()), "told no guidance scale: train a run of method=guided"),
         (lambda: second(denoiser=student_of(scales=(1.0, 3.0))), r"\[1.0, 3.0\], the teacher's \[1.0, 4.0\]"),
         (
-            lambda: GuidedDenoiser(network=Net(), interpolant=VariancePreserving(), prediction=V(), scales=SCALES),
+            lambda: GuidedDenoiser(network=Hearing(), interpolant=VariancePreserving(), prediction=V(), scales=SCALES),
             r"model.scalars=\[guidance_scale\]",
         ),
     ],

@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_shortcut import Net, teacher_of
-from tiny_distillation import BATCH, SCHEDULE, denoiser, fit, state
+from tiny_distillation import BATCH, SCHEDULE, Hearing, denoiser, fit, hearing_teacher, state
 
 from diffusion_lab.callbacks.base import StepCallback
 from diffusion_lab.denoisers import NetworkDenoiser, V
@@ -110,10 +109,10 @@ class Labelled(ReflowModule):
 
 
 def labelled(**options):
-    student = NetworkDenoiser(network=Net(1), interpolant=VariancePreserving(), prediction=V())
+    student = NetworkDenoiser(network=Hearing(1), interpolant=VariancePreserving(), prediction=V())
     plain = module_of()
     return Labelled(
-        denoiser=student, teacher=teacher_of(), sampler=DDIM(), grid=plain.grid, loss=plain.loss, seed=0,
+        denoiser=student, teacher=hearing_teacher(), sampler=DDIM(), grid=plain.grid, loss=plain.loss, seed=0,
         optimizer=plain.optimizer_factory, global_batch_size=BATCH, **options,
     )  # fmt: skip
 

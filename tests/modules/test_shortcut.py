@@ -4,12 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_distillation import BATCH, SCHEDULE, fit, state
-from torch import nn
+from tiny_distillation import BATCH, SCHEDULE, Hearing, fit, hearing_teacher, state
 
 from diffusion_lab.callbacks import EMACallback
 from diffusion_lab.callbacks.base import StepCallback
-from diffusion_lab.denoisers import NetworkDenoiser, ShortcutDenoiser, V
+from diffusion_lab.denoisers import ShortcutDenoiser, V
 from diffusion_lab.ema import ConstantDecay
 from diffusion_lab.guidance import ClassifierFree
 from diffusion_lab.losses import SNRPlusOne
@@ -17,7 +16,6 @@ from diffusion_lab.losses.distillation import ShortcutLoss
 from diffusion_lab.modules import RunError
 from diffusion_lab.modules.distillation import ShortcutModule
 from diffusion_lab.modules.errors import DoesNotFit
-from diffusion_lab.networks.conditioning import Conditioning
 from diffusion_lab.process import VariancePreserving
 from diffusion_lab.rng import StepRNG
 from diffusion_lab.typing import STEPS
@@ -25,38 +23,19 @@ from diffusion_lab.typing import STEPS
 TOTAL = 6 * BATCH
 
 
-class Net(nn.Module):
-    """A small network that hears labels, and with `told` a number of steps."""
-
-    def __init__(self, seed=0, told=False):
-        super().__init__()
-        scalars = [STEPS] if told else []
-        self.conditioning = Conditioning(features=4, width=12, num_classes=2, scalars=scalars)
-        self.first, self.drop, self.last = nn.Linear(4, 12), nn.Dropout(0.3), nn.Linear(12, 4)
-        generator = torch.Generator().manual_seed(seed)
-        for p in self.parameters():
-            nn.init.normal_(p, std=0.4, generator=generator)
-
-    def forward(self, x, logsnr, cond=None):
-        self.conditioning.check(cond, "Net")
-        h = self.first(x.flatten(1)) + self.conditioning(logsnr, cond, len(x))
-        return self.last(self.drop(torch.tanh(h))).view_as(x)
-
-
-def teacher_of(seed=2):
-    return NetworkDenoiser(network=Net(seed), interpolant=VariancePreserving(), prediction=V())
-
-
 def student_of(seed=1, finest=8):
     return ShortcutDenoiser(
-        network=Net(seed, told=True), interpolant=VariancePreserving(), prediction=V(), finest=finest
+        network=Hearing(seed, scalars=[STEPS]),
+        interpolant=VariancePreserving(),
+        prediction=V(),
+        finest=finest,
     )
 
 
 def module_of(share=0.5, **options):
     options = {
         "denoiser": student_of(),
-        "teacher": teacher_of(),
+        "teacher": hearing_teacher(),
         "loss": ShortcutLoss(schedule=SCHEDULE, weighting=SNRPlusOne(schedule=SCHEDULE), share=share),
         "optimizer": partial(torch.optim.Adam, lr=1e-2),
         **options,

@@ -22,6 +22,7 @@ from diffusion_lab.losses import LossTerms, TruncatedSNR
 from diffusion_lab.losses.distillation import ProgressiveLoss
 from diffusion_lab.modules import AtomicCheckpointIO
 from diffusion_lab.modules.distillation import DistillationModule, Phase, ProgressiveModule
+from diffusion_lab.networks.conditioning import Conditioning
 from diffusion_lab.process import Cosine, VariancePreserving
 
 SHAPE = (1, 2, 2)
@@ -47,6 +48,27 @@ class Net(nn.Module):
 
 def denoiser(seed=0, **options):
     return NetworkDenoiser(network=Net(seed, **options), interpolant=VariancePreserving(), prediction=V())
+
+
+class Hearing(nn.Module):
+    """A small network that hears labels, and the scalars that are named."""
+
+    def __init__(self, seed=0, scalars=()):
+        super().__init__()
+        self.conditioning = Conditioning(features=4, width=12, num_classes=2, scalars=list(scalars))
+        self.first, self.drop, self.last = nn.Linear(4, 12), nn.Dropout(0.3), nn.Linear(12, 4)
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.4, generator=generator)
+
+    def forward(self, x, logsnr, cond=None):
+        self.conditioning.check(cond, "Hearing")
+        h = self.first(x.flatten(1)) + self.conditioning(logsnr, cond, len(x))
+        return self.last(self.drop(torch.tanh(h))).view_as(x)
+
+
+def hearing_teacher(seed=2):
+    return NetworkDenoiser(network=Hearing(seed), interpolant=VariancePreserving(), prediction=V())
 
 
 class Stream(IterableDataset):

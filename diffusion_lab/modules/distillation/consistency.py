@@ -23,7 +23,7 @@ from diffusion_lab.modules.diffusion import OptimizerFactory
 from diffusion_lab.modules.distillation.base import DistillationModule
 from diffusion_lab.modules.distillation.same_dropout import SameDropout
 from diffusion_lab.modules.learning_rate import LRSchedule
-from diffusion_lab.rng import StepRNG, derive_seed
+from diffusion_lab.rng import StepRNG
 from diffusion_lab.typing import Cond, GuidanceFactory
 
 
@@ -89,8 +89,6 @@ class ConsistencyModule(DistillationModule):
 
     def distil(self, x0: Tensor, cond: Cond | None, rng: StepRNG) -> LossTerms:
         """See `DistillationModule`."""
-        # the micro-batch that is being done has been counted already
-        seed = derive_seed("dropout", self.seed, self.step, self._micro - 1, self.trainer.global_rank)
         return self.loss(
             self.denoiser,
             x0,
@@ -100,5 +98,5 @@ class ConsistencyModule(DistillationModule):
             steps=self.teacher_steps(self.images_seen, self.steps),
             teacher=None if self.from_data else self.guided,
             plain=None if self.unguided else self.teacher,
-            reference=SameDropout(self.denoiser, seed),
+            reference=SameDropout(self.denoiser, self.micro_seed("dropout")),
         )

@@ -22,7 +22,7 @@ from diffusion_lab.losses.distillation.continuous_consistency import ContinuousC
 from diffusion_lab.modules.diffusion import OptimizerFactory, seed_global
 from diffusion_lab.modules.distillation.base import DistillationModule
 from diffusion_lab.modules.learning_rate import LRSchedule
-from diffusion_lab.rng import StepRNG, derive_seed
+from diffusion_lab.rng import StepRNG
 from diffusion_lab.typing import Cond, GuidanceFactory
 
 
@@ -90,8 +90,7 @@ class ContinuousConsistencyModule(DistillationModule):
 
     def distil(self, x0: Tensor, cond: Cond | None, rng: StepRNG) -> LossTerms:
         """See `DistillationModule`."""
-        # the micro-batch that is being done has been counted already
-        seed = derive_seed("dropout", self.seed, self.step, self._micro - 1, self.trainer.global_rank)
+        seed = self.micro_seed("dropout")
         return self.loss(
             self.denoiser,
             x0,

@@ -36,7 +36,7 @@ from diffusion_lab.modules.distillation.same_dropout import SameDropout
 from diffusion_lab.modules.errors import RunError
 from diffusion_lab.modules.learning_rate import LRSchedule
 from diffusion_lab.rewards import NoReward
-from diffusion_lab.rng import StepRNG, derive_seed
+from diffusion_lab.rng import StepRNG
 from diffusion_lab.typing import Cond, GuidanceFactory
 
 KEY = "unrewarded_student"
@@ -150,14 +150,11 @@ class MomentMatchingModule(DistillationModule):
 
     def distil(self, x0: Tensor, cond: Cond | None, rng: StepRNG) -> LossTerms:
         """See `DistillationModule`."""
-        # the micro-batch that is being done has been counted already
-        at = (self.step, self._micro - 1, self.trainer.global_rank)
-        seed = derive_seed("auxiliary_dropout", self.seed, *at)
         rewarded = self.is_rewarded
         return self.loss(
             self.denoiser,
             self.auxiliary,
-            SameDropout(self.guided, seed),
+            SameDropout(self.guided, self.micro_seed("auxiliary_dropout")),
             self._own_samples(x0, cond, rng) if rewarded else x0,
             cond,
             rng,
