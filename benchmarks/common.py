@@ -77,6 +77,17 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
+def added_to(name: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the kept result's `by_seed` with `rows` added, so that seeds add up over machines that kept no runs.
+
+    A row takes the place of the kept one that is equal in `keys`.
+    """
+    file = RESULTS / f"{name}.json"
+    before = json.loads(file.read_text()).get("by_seed", []) if file.is_file() else []
+    cells = {tuple(row.get(key) for key in keys): dict(row) for row in [*before, *rows]}
+    return list(cells.values())
+
+
 def report(
     name: str,
     rows: Sequence[Mapping[str, Any]],

@@ -1,15 +1,16 @@
 """Distillation: every method's students of 1, 2, 4 and 8 steps beside their teacher, on digits and on MNIST.
 
-    python benchmarks/distillation.py [--data digits] [--seeds 3] [--only progressive ...] [--runs runs/distillation]
-                                      [--workers 2]
+    python benchmarks/distillation.py [--data digits] [--seeds 0 1 2] [--only progressive ...] [--workers 2]
+                                      [--runs runs/distillation]
 
 Trains a teacher a seed, and from it the students of every method as their laptop recipes say (`METHODS`, under four
 minutes each on a core). Each is asked for `SAMPLES`, as many as digits has training images: Fréchet distance from the
 test images and from the training images, precision and recall. What a training costs is told in evaluations of the
 teacher: processor seconds of the whole command over those of one image in one call.
 
-Known runs and figures are kept below --runs, so a script that was stopped goes on and seeds add up. Results:
-benchmarks/results/distillation_<data>.json; samples side by side in docs/images/distillation_<data>.png.
+Known runs and figures are kept below --runs, so a script that was stopped goes on. Figures are added to what the result
+holds already: seeds add up, also where their runs are gone. Results: benchmarks/results/distillation_<data>.json;
+samples side by side in docs/images/distillation_<data>.png, made where all runs of a seed are at hand.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, report
+from common import ROOT, added_to, commit, report
 from distillation_methods import MANY, METHODS, SCALE, STEPS, methods
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -83,6 +84,7 @@ def train(folder: Path, *words: str) -> Path:
         (folder / "benchmark").mkdir(exist_ok=True)
         with (folder / "benchmark" / "seconds").open("a") as file:
             file.write(f"{spent}\n")
+        (folder / "benchmark" / "commit").write_text(commit())
     return folder
 
 
@@ -191,24 +193,27 @@ def known(folder: Path, key: str) -> dict[str, float] | None:
     return dict(json.loads(file.read_text())) if file.is_file() else None
 
 
-def by_seed(runs: Path, data: str, seeds: int) -> list[dict[str, Any]]:
-    """A row for each thing that is known of each seed: real images, teachers, students."""
+def by_seed(runs: Path, data: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """A row for each thing that is known here of each seed: real images, teachers, students."""
     rows: list[dict[str, Any]] = []
     shape = (1, 8, 8) if data == "digits" else (1, 28, 28)
-    for seed in range(seeds):
+    for seed in seeds:
         teacher = teacher_of(runs, data, seed)
         if (found := known(teacher, f"{MANY}")) is None:
             continue
 
-        def row(name: str, found: dict[str, float], prefix: str = "", seed: int = seed) -> dict[str, Any]:
+        def row(
+            name: str, found: dict[str, float], folder: Path, prefix: str = "", seed: int = seed
+        ) -> dict[str, Any]:
             told = {column: found[f"{prefix}{metric}"] for column, metric in COLUMNS.items()}
-            return {"method": name, "seed": seed, **told}
+            trained_at = (folder / "benchmark" / "commit").read_text()
+            return {"method": name, "seed": seed, **told, "commit": trained_at}
 
-        rows.append(row("real images", found, "real "))
+        rows.append(row("real images", found, teacher, "real "))
         for key, (name, _, numbers) in TEACHERS_AS.items():
             for steps in sorted(numbers, reverse=True):
                 if (found := known(teacher, f"{key}{steps}")) is not None:
-                    rows.append(row(name, found) | {"steps": steps})
+                    rows.append(row(name, found, teacher) | {"steps": steps})
         second = evaluation_s(teacher, shape)
         taught = float((teacher / "benchmark" / "seconds").read_text().split()[0])
         for name, method in methods(data).items():
@@ -218,7 +223,7 @@ def by_seed(runs: Path, data: str, seeds: int) -> list[dict[str, Any]]:
                     continue
                 spent = sum(map(float, (folder / "benchmark" / "seconds").read_text().split()))
                 rows.append(
-                    row(name, found)
+                    row(name, found, folder)
                     | {"steps": steps, "cost, M teacher evaluations": spent / second / 1e6}
                     | {"cost / teacher's training": spent / taught}
                 )
@@ -232,7 +237,7 @@ def summary(each: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[
         cells.setdefault((row["method"], row.get("steps")), []).append(row)
     rows, best = [], {}
     for (name, steps), found in cells.items():
-        columns = [column for column in found[0] if column not in ("method", "steps", "seed")]
+        columns = [column for column in found[0] if column not in ("method", "steps", "seed", "commit")]
         means = {column: statistics.mean(row[column] for row in found) for column in columns}
         best[name, steps] = means["FD"]
         rows.append({"method": name, "steps": steps or "", **means, "seeds": len(found)})
@@ -255,18 +260,20 @@ def drawn(place: Path) -> np.ndarray:
     return images
 
 
-def picture(runs: Path, data: str) -> None:
-    """A row of samples for the teacher and each student of the first seed, all from the same noise."""
+def picture(runs: Path, data: str, seed: int) -> None:
+    """A row of samples for the teacher and each student of a seed, all from the same noise, if all are at hand."""
     side, gap, words = 32, 3, 170
     lines: list[tuple[str, Path]] = [
-        (f"teacher, {steps}", teacher_of(runs, data, 0) / "benchmark" / f"{steps}") for steps in (MANY, 4, 1)
+        (f"teacher, {steps}", teacher_of(runs, data, seed) / "benchmark" / f"{steps}")
+        for steps in (MANY, 4, 1)
     ]
     for name, method in methods(data).items():
         lines += [
-            (f"{name}, {steps}", student_of(runs, data, name, steps, 0) / "benchmark" / f"{steps}")
+            (f"{name}, {steps}", student_of(runs, data, name, steps, seed) / "benchmark" / f"{steps}")
             for steps in sorted(method.steps, reverse=True)
         ]
-    lines = [(label, place) for label, place in lines if (place / "metrics.json").is_file()]
+    if not all((place / "metrics.json").is_file() for _, place in lines):
+        return
     sheet = Image.new("L", (words + SHOWN * (side + gap), len(lines) * (side + gap)), 255)
     pen = ImageDraw.Draw(sheet)
     for k, (label, place) in enumerate(lines):
@@ -281,7 +288,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Train and score what is asked for, and report on all that is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=list(TEACHERS), default="digits")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--steps", nargs="+", type=int, choices=STEPS, default=list(STEPS))
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "distillation")
@@ -291,21 +298,22 @@ def main(words: Sequence[str] | None = None) -> None:
     chosen = {name: offered[name] for name in options.only if name in offered}
     with ThreadPoolExecutor(options.workers) as pool:
         guided = any(method.guided for method in chosen.values())
-        list(pool.map(lambda seed: teach(runs, options.data, seed, guided=guided), range(options.seeds)))
+        list(pool.map(lambda seed: teach(runs, options.data, seed, guided=guided), options.seeds))
         # students of students after their teachers
         for later in (False, True):
             jobs = [
                 (name, steps, seed)
-                for seed in range(options.seeds)
+                for seed in options.seeds
                 for name, method in chosen.items()
                 if bool(method.of) == later
                 for steps in (method.steps[:1] if method.one_run else method.steps)
                 if method.one_run or steps in (*options.steps, MANY)
             ]
             list(pool.map(lambda job: distil(runs, options.data, *job), jobs))
-    each = by_seed(runs, options.data, options.seeds)
+    found = by_seed(runs, options.data, options.seeds)
+    each = added_to(f"distillation_{options.data}", found, ("method", "steps", "seed"))
     rows, ratios = summary(each)
-    picture(runs, options.data)
+    picture(runs, options.data, options.seeds[0])
     measure = (
         f"FD@{SAMPLES[options.data]} ({options.data}-cnn) from the test images (and from the training images)"
     )
