@@ -225,7 +225,7 @@ def by_seed(runs: Path, data: str, seeds: Sequence[int]) -> list[dict[str, Any]]
                 rows.append(
                     row(name, found, folder)
                     | {"steps": steps, "cost, M teacher evaluations": spent / second / 1e6}
-                    | {"cost / teacher's training": spent / taught}
+                    | {"cost / teacher's training": spent / taught, "CPU min": spent / 60}
                 )
     return rows
 
@@ -237,8 +237,12 @@ def summary(each: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[
         cells.setdefault((row["method"], row.get("steps")), []).append(row)
     rows, best = [], {}
     for (name, steps), found in cells.items():
-        columns = [column for column in found[0] if column not in ("method", "steps", "seed", "commit")]
-        means = {column: statistics.mean(row[column] for row in found) for column in columns}
+        told = dict.fromkeys(column for row in found for column in row)
+        means = {
+            column: statistics.mean(row[column] for row in found if column in row)
+            for column in told
+            if column not in ("method", "steps", "seed", "commit")
+        }
         best[name, steps] = means["FD"]
         rows.append({"method": name, "steps": steps or "", **means, "seeds": len(found)})
     ratios = {}

@@ -94,6 +94,13 @@ def summary(folder: RunFolder, config: Mapping[str, Any], exported: Sequence[Pat
             use = f"run=<a denoiser's run> guidance=classifier guidance.classifier.{use}"
         if makes_images(config["method"]):
             facts.append(("sample", f"{trust}python sample.py {use}"))
+            # what the run kept under names of its own, such as the students of more steps
+            kept = [
+                path.stem for path in exported if path.stem not in (*(config.get("averages") or {}), "raw")
+            ]
+            if kept:
+                facts.append(("or of others", f"{trust}python sample.py {use} ema={kept[0]}"))
+            facts.append(("score", f"{trust}python evaluate.py {use}"))
     else:
         facts.append(("weights", "none kept: the callback `checkpoints` was left out"))
     facts.append(("report", str(report)))

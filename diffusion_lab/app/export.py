@@ -108,7 +108,10 @@ def _choose(ema: str | None, averages: list[str], others: list[str], folder: Pat
     if ema is None:
         return next(iter([*averages, *(name for name in others if name == RAW), *others]))
     if ema not in (names := [*averages, *others]):
-        raise UserError(f"ema={ema}: {folder} has no such weights{did_you_mean(ema, names)}")
+        tail = did_you_mean(ema, names)
+        # how names go tells more than the nearest one: there may be steps_1 to steps_32, but no steps_64
+        tail = f"{tail} There are: {', '.join(names)}" if tail.endswith("?") else tail
+        raise UserError(f"ema={ema}: {folder} has no such weights{tail}")
     return ema
 
 

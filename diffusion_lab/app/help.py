@@ -13,7 +13,7 @@ COMMANDS = {
         ("change anything: group=option, key=value", "experiment=digits/quickstart sampler=heun optimizer.lr=1e-3"),
         ("a grid of runs, one after the other", "-m experiment=digits/quickstart schedule=cosine,sigmoid seed=0,1"),
         ("go on with the newest run of an experiment", "experiment=digits/quickstart resume=auto"),
-        ("see the composed config and do nothing", "experiment=digits/quickstart --cfg job"),
+        ("distil it to few steps", "experiment=progressive/digits method.teacher.run=runs/digits/quickstart/latest"),
     ],
     "sample": [
         ("1,000 images from the newest quickstart", "run=runs/digits/quickstart/latest num_samples=1000"),
@@ -59,6 +59,21 @@ def _wrap(words: list[str], indent: int, width: int = 110) -> str:
     return (",\n" + " " * indent).join([*lines, line])
 
 
+def _taught(groups: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Return the lines that say which methods need a teacher; none where there are no methods to choose."""
+    texts = {file.stem: file.read_text() for folder in folders for file in folder.glob("method/*.yaml")}
+    found = {name for name, text in texts.items() if "\nteacher:" in text}
+    # and those that begin with one of them
+    found |= {name for name, text in texts.items() if any(f"\n  - {other}\n" in text for other in found)}
+    if "method" not in groups or not found:
+        return []
+    return [
+        "",
+        "A trained run is the teacher, method.teacher.run=<folder>, of",
+        f"  {_wrap(sorted(found), 2)}",
+    ]
+
+
 def text(app: str, program: str, folders: Sequence[Path]) -> str:
     """Return the help page of `train`, `sample` or `evaluate`."""
     groups = options(folders)
@@ -79,6 +94,7 @@ def text(app: str, program: str, folders: Sequence[Path]) -> str:
             "",
             "Groups and their options:",
             *rows,
+            *_taught(names, folders),
             "",
             "  --cfg job            print the composed config and do nothing (--resolve: fill in interpolations)",
             "  --info defaults-tree show which files the config comes from",

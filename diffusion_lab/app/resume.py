@@ -60,18 +60,19 @@ def decide(config: Mapping[str, Any], tell: Tell = print) -> Start:
         if changed is not None:
             raise UserError(f"resume={wanted}: this is another run: {changed}; start it without resume")
         return _go_on(folder, tell)
-    own = identity(config)
+    own, differs = identity(config), ""
     for folder in list_runs(runs / name):
         if run_id is not None and folder.path.name != run_id:
             continue
         try:
-            same = identity(read_unchecked(folder.path)) == own
+            theirs = read_unchecked(folder.path)
         except UserError as error:
             tell(f"passed over: {error}")
             continue
-        if same:
+        if identity(theirs) == own:
             return _go_on(folder, tell)
-    tell(f"resume=auto: no run of {name} with these settings yet, a new one starts")
+        differs = differs or f"; {folder.path.name} has another {difference(theirs, config)}"
+    tell(f"resume=auto: no run of {name} with these settings yet, a new one starts{differs}")
     return Start(create(runs, name, run_id))
 
 

@@ -98,6 +98,8 @@ def _open_record(start: resume.Start, config: Mapping[str, Any]) -> None:
     if start.checkpoint is None:
         if (config.get("choices") or {}).get("debug") in (None, "none"):
             _tell_defaults(config)
+        if teacher:
+            _tell_teacher(teacher)
         print(f"run {start.folder.path}", flush=True)
     else:
         print(f"run {start.folder.path} goes on at {start.images_seen:,} images", flush=True)
@@ -130,6 +132,15 @@ def _tell_defaults(config: Mapping[str, Any]) -> None:
     if choices.get("experiment") is None and not given & {"experiment", "max_images"}:
         what = f"{choices.get('model')} on {choices.get('dataset')} for {config['max_images']:,} images"
         print(f"no experiment was chosen: the defaults train {what}; try experiment=digits/quickstart")
+
+
+def _tell_teacher(teacher: Mapping[str, Any]) -> None:
+    """Say who teaches, and whether it is still learning itself."""
+    status = record.read(RunFolder(Path(teacher["run"])).record).get("status", "finished")
+    note = (
+        "" if status == "finished" else f": not through with its own training ({status}), taken as it is now"
+    )
+    print(f"taught by {teacher['run']}, {teacher['ema']}{note}")
 
 
 def _stop(*, interrupted: bool) -> None:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -51,17 +50,18 @@ def script(*arguments, name="train.py", **env):
 
 
 @pytest.mark.parametrize("name", ["train.py", "sample.py", "evaluate.py"])
-def test_help_is_fast_and_lists_groups_and_five_commands(name):
-    start = time.perf_counter()
+def test_help_lists_groups_and_five_commands(name):
     done = script("--help", name=name)
-    seconds = time.perf_counter() - start
     assert done.returncode == 0 and done.stderr == ""
-    assert seconds < 1.5
     for group in ("schedule", "sampler", "guidance"):
         assert f"\n  {group} " in done.stdout
     assert ("dpmpp_2m" in done.stdout and "experiment=digits/quickstart" in done.stdout) or name != "train.py"
     commands = [line for line in done.stdout.splitlines() if line.startswith(f"  python {name} ")]
     assert len(commands) == 5
+    taught = done.stdout.partition("method.teacher.run=<folder>, of")[2].partition("\n\n")[0]
+    names = {word.strip(", ") for word in taught.split()}
+    assert names >= {"progressive", "guided_stochastic", "em"} or name != "train.py"
+    assert not names & {"diffusion", "shortcut_scratch", "vdm"}
 
 
 def test_help_lists_the_groups_of_a_users_config_dir(tmp_path):

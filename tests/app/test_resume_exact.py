@@ -94,7 +94,7 @@ def test_a_finished_run_says_so_and_only_makes_its_report_again(tmp_path, capsys
 def test_auto_starts_anew_when_the_settings_differ(tmp_path, capsys):
     tiny_runs.train(tmp_path, "run_id=a", max_images=160)
     assert tiny_runs.main("train", *words(tmp_path, "run_id=null", "resume=auto", "seed=5", images=160)) == 0
-    assert "a new one starts" in capsys.readouterr().out
+    assert "a new one starts; a has another seed (was 0, now 5)" in capsys.readouterr().out
     assert tiny_runs.images_in(tmp_path / "digits" / "quickstart" / "a") == 160
     assert len([p for p in (tmp_path / "digits" / "quickstart").iterdir() if not p.is_symlink()]) == 2
 

@@ -1,5 +1,6 @@
 """A student's run from the command line: it takes over from its teacher's run, names it, and does without it later."""
 
+import json
 import shutil
 
 import pytest
@@ -117,6 +118,19 @@ def test_a_name_that_is_not_there_is_one_line(student, tmp_path, capsys):
     sample(tmp_path / "s", student, "ema=steps_3", code=2)
     error = capsys.readouterr().err
     assert "has no such weights; did you mean 'steps_2'?" in error and error.count("\n") == 1
+    assert error.endswith("There are: raw, steps_1, steps_2\n")
+
+
+def test_an_unfinished_teacher_and_what_comes_next_are_told(teacher, tmp_path, capsys):
+    place = tmp_path / "teacher"
+    shutil.copytree(teacher, place)
+    record = json.loads((place / "record.json").read_text())
+    (place / "record.json").write_text(json.dumps({**record, "status": "preempted"}))
+    capsys.readouterr()
+    folder = train(tmp_path / "runs", f"method.teacher.run={place}")
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"taught by {place}, ema: not through with its own training (preempted)" in told
+    assert f"python sample.py run={folder}" in told.replace("│", "") and "ema=steps_" in told
 
 
 @pytest.mark.slow
