@@ -63,6 +63,17 @@ def mixture_1d(interpolant):
     )
 
 
+def mixture_4d(interpolant):
+    """Three components in four dimensions, for comparisons with public code."""
+    draw = torch.Generator().manual_seed(0)
+    return GaussianMixtureDenoiser(
+        means=torch.randn(3, 4, generator=draw, dtype=D64),
+        variances=torch.tensor([0.05, 0.1, 0.2], dtype=D64),
+        weights=torch.tensor([0.2, 0.3, 0.5], dtype=D64),
+        interpolant=interpolant,
+    )
+
+
 def gaussian(interpolant, variance, dim=1, mean=0.0):
     """N(mean, variance) in `dim` dimensions."""
     return GaussianDenoiser(

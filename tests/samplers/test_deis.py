@@ -6,10 +6,9 @@ import laws
 import numpy as np
 import pytest
 import torch
-from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d
+from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d, mixture_4d
 from scipy.integrate import quad
 
-from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.process import Cosine, LinearBeta, LinearLogSNR
 from diffusion_lab.samplers import DDIM, CountingDenoiser
 from diffusion_lab.samplers.deis import DEIS, rho_weights, time_weights
@@ -126,22 +125,11 @@ def test_local_order(variant, order):
 GRID = karras(0.05, 20.0, 7.0, 12)
 
 
-def mixture(interpolant):
-    """Three components in four dimensions."""
-    draw = torch.Generator().manual_seed(0)
-    return GaussianMixtureDenoiser(
-        means=torch.randn(3, 4, generator=draw, dtype=D64),
-        variances=torch.tensor([0.05, 0.1, 0.2], dtype=D64),
-        weights=torch.tensor([0.2, 0.3, 0.5], dtype=D64),
-        interpolant=interpolant,
-    )
-
-
 def trajectory(sampler, interpolant):
     """The start, and the samples after each step."""
     start = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=D64)
     start, xs = interpolant(GRID[0])[1] * start, []
-    sampler(mixture(interpolant), start, GRID, on_step=lambda k, logsnr, x, x0: xs.append(x))
+    sampler(mixture_4d(interpolant), start, GRID, on_step=lambda k, logsnr, x, x0: xs.append(x))
     return start, xs
 
 
@@ -162,7 +150,7 @@ def test_diffusers(order):
     )
     scheduler.set_timesteps(steps)
     scheduler.sigmas = torch.exp(-GRID / 2)
-    problem, x, theirs = mixture(vp), start, []
+    problem, x, theirs = mixture_4d(vp), start, []
     for t, logsnr in zip(scheduler.timesteps[:-1], GRID, strict=False):
         x = scheduler.step(problem(x, logsnr), t, x).prev_sample
         theirs.append(x)
@@ -175,7 +163,7 @@ def test_k_diffusion(order, sampling):
     # = 0 it still extrapolates, where the contract here is the denoiser's output, so the last step is left out.
     ve, sigmas, xs = INTERPOLANTS["ve"], torch.exp(-GRID / 2), []
     start, ours = trajectory(DEIS(order=order, variant="rhoab"), ve)
-    problem = mixture(ve)
+    problem = mixture_4d(ve)
     sampling.sample_lms(
         lambda x, sigma: problem(x, -2 * torch.log(sigma)),
         start,

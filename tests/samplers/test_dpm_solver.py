@@ -6,10 +6,9 @@ from functools import cache
 import laws
 import pytest
 import torch
-from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d, observed_order
+from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d, mixture_4d, observed_order
 from scipy.integrate import quad
 
-from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.samplers import DDIM
 from diffusion_lab.samplers.counting import CountingDenoiser
 from diffusion_lab.samplers.dpm_solver import DPMSolver
@@ -116,17 +115,6 @@ def test_calls(order):
 GRID = karras(0.05, 20.0, 7.0, 12)
 
 
-def mixture(interpolant):
-    """Three components in four dimensions."""
-    draw = torch.Generator().manual_seed(0)
-    return GaussianMixtureDenoiser(
-        means=torch.randn(3, 4, generator=draw, dtype=D64),
-        variances=torch.tensor([0.05, 0.1, 0.2], dtype=D64),
-        weights=torch.tensor([0.2, 0.3, 0.5], dtype=D64),
-        interpolant=interpolant,
-    )
-
-
 def start():
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=D64)
 
@@ -186,17 +174,17 @@ def test_diffusers(order, solver_types):
     """
     vp = INTERPOLANTS["vp"]
     x = vp(GRID[0])[1] * start()
-    ours = trajectory(order, mixture(vp), x)
-    assert_agree(ours[:-1], diffusers_trajectory(order, mixture(vp), x, solver_types), 1e-9)
-    assert torch.equal(ours[-1], mixture(vp)(ours[-2], GRID[-2]))
+    ours = trajectory(order, mixture_4d(vp), x)
+    assert_agree(ours[:-1], diffusers_trajectory(order, mixture_4d(vp), x, solver_types), 1e-9)
+    assert torch.equal(ours[-1], mixture_4d(vp)(ours[-2], GRID[-2]))
 
 
 def test_diffusers_with_one_setting_is_another_third_order_method():
     vp = INTERPOLANTS["vp"]
     x = vp(GRID[0])[1] * start()
-    ours = trajectory(3, mixture(vp), x)[:-1]
+    ours = trajectory(3, mixture_4d(vp), x)[:-1]
     for solver_type in ("midpoint", "heun"):
-        theirs = diffusers_trajectory(3, mixture(vp), x, [solver_type] * 3)
+        theirs = diffusers_trajectory(3, mixture_4d(vp), x, [solver_type] * 3)
         apart = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
         assert 1e-4 < apart < 0.1, (solver_type, apart)
 
@@ -204,7 +192,7 @@ def test_diffusers_with_one_setting_is_another_third_order_method():
 @pytest.mark.parametrize("order", [2, 3])
 def test_k_diffusion(order, sampling):
     ve = INTERPOLANTS["ve"]
-    problem, x = mixture(ve), torch.exp(-GRID[0] / 2) * start()
+    problem, x = mixture_4d(ve), torch.exp(-GRID[0] / 2) * start()
     solver = sampling.DPMSolver(lambda x, sigma: problem(x, -2 * torch.log(sigma)))
     step, theirs, y = {2: solver.dpm_solver_2_step, 3: solver.dpm_solver_3_step}[order], [], x
     # its time is half the log-SNR

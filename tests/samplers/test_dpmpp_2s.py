@@ -5,10 +5,9 @@ import math
 import laws
 import pytest
 import torch
-from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d
+from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d, mixture_4d
 from scipy.integrate import quad
 
-from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.samplers.counting import CountingDenoiser
 from diffusion_lab.samplers.dpmpp_2s import DPMSolverPP2S
 from diffusion_lab.samplers.grids import karras, uniform_u
@@ -62,17 +61,6 @@ def test_calls():
 GRID = karras(0.05, 20.0, 7.0, 12)
 
 
-def mixture(interpolant):
-    """Three components in four dimensions."""
-    draw = torch.Generator().manual_seed(0)
-    return GaussianMixtureDenoiser(
-        means=torch.randn(3, 4, generator=draw, dtype=D64),
-        variances=torch.tensor([0.05, 0.1, 0.2], dtype=D64),
-        weights=torch.tensor([0.2, 0.3, 0.5], dtype=D64),
-        interpolant=interpolant,
-    )
-
-
 def start():
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=D64)
 
@@ -102,7 +90,7 @@ def test_diffusers(r):
     scheduler.sigmas = torch.exp(-levels / 2)
     # its own list has an odd number of substeps end in [1, 2] + [1] too
     assert list(scheduler.order_list) == [1, 2] * (len(finite) - 1) + [1]
-    problem, x, theirs = mixture(vp), vp(GRID[0])[1] * start(), []
+    problem, x, theirs = mixture_4d(vp), vp(GRID[0])[1] * start(), []
     ours = trajectory(DPMSolverPP2S(r=r), problem, x)
     for t, logsnr in zip(scheduler.timesteps, levels, strict=False):
         x = scheduler.step(problem(x, logsnr), t, x).prev_sample
@@ -111,7 +99,7 @@ def test_diffusers(r):
 
 
 def test_k_diffusion(sampling):
-    problem, sigmas, xs = mixture(INTERPOLANTS["ve"]), torch.exp(-GRID / 2), []
+    problem, sigmas, xs = mixture_4d(INTERPOLANTS["ve"]), torch.exp(-GRID / 2), []
     end = sampling.sample_dpmpp_2s_ancestral(
         lambda x, sigma: problem(x, -2 * torch.log(sigma)),
         sigmas[0] * start(),

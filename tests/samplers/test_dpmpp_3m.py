@@ -6,10 +6,9 @@ from functools import cache
 import laws
 import pytest
 import torch
-from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d, solve
+from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d, mixture_4d, solve
 from scipy.integrate import quad
 
-from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.samplers import DPMSolverPP2M
 from diffusion_lab.samplers.counting import CountingDenoiser
 from diffusion_lab.samplers.dpmpp_3m import DPMSolverPP3M
@@ -161,17 +160,6 @@ def test_calls(start, calls):
 # ---- public code -----------------------------------------------------------------------------------------------------
 
 
-def mixture(interpolant):
-    """Three components in four dimensions."""
-    draw = torch.Generator().manual_seed(0)
-    return GaussianMixtureDenoiser(
-        means=torch.randn(3, 4, generator=draw, dtype=D64),
-        variances=torch.tensor([0.05, 0.1, 0.2], dtype=D64),
-        weights=torch.tensor([0.2, 0.3, 0.5], dtype=D64),
-        interpolant=interpolant,
-    )
-
-
 def start():
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=D64)
 
@@ -207,14 +195,14 @@ def diffusers_trajectory(problem, x, grid):
 def test_diffusers_with_half_the_curvature(steps):
     vp, grid = INTERPOLANTS["vp"], karras(0.05, 20.0, 7.0, steps)
     x = vp(grid[0])[1] * start()
-    theirs = diffusers_trajectory(mixture(vp), x, grid)
+    theirs = diffusers_trajectory(mixture_4d(vp), x, grid)
     assert_agree(
-        trajectory(DPMSolverPP3M(half_curvature=True), mixture(vp), x, grid),
+        trajectory(DPMSolverPP3M(half_curvature=True), mixture_4d(vp), x, grid),
         theirs,
         1e-5,  # the scheduler computes in float32
     )
     # and with its whole, the two part
-    right = trajectory(DPMSolverPP3M(), mixture(vp), x, grid)
+    right = trajectory(DPMSolverPP3M(), mixture_4d(vp), x, grid)
     assert max(float((a - b).abs().max()) for a, b in zip(right, theirs, strict=True)) > 1e-3
 
 
@@ -240,7 +228,7 @@ def test_diffusers_does_not_integrate_a_quadratic():
 
 def test_k_diffusion_with_half_the_curvature(sampling):
     ve, grid = INTERPOLANTS["ve"], karras(0.05, 20.0, 7.0, 12)
-    sigmas, problem, xs = torch.exp(-grid / 2), mixture(ve), []
+    sigmas, problem, xs = torch.exp(-grid / 2), mixture_4d(ve), []
     end = sampling.sample_dpmpp_3m_sde(
         lambda x, sigma: problem(x, -2 * torch.log(sigma)),
         sigmas[0] * start(),

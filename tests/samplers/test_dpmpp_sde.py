@@ -5,10 +5,9 @@ import math
 import laws
 import pytest
 import torch
-from problems import D64, INTERPOLANTS, gaussian
+from problems import D64, INTERPOLANTS, gaussian, mixture_4d
 from scipy.integrate import quad
 
-from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.samplers import DDIM, DPMSolverPP2M
 from diffusion_lab.samplers.dpmpp_sde import DPMSolverPPSDE
 from diffusion_lab.samplers.grids import karras
@@ -138,21 +137,12 @@ def test_marginals(sampler):
 GRID = karras(0.05, 20.0, 7.0, 12)
 
 
-def mixture(interpolant):
-    """Three components in four dimensions."""
-    draw = torch.Generator().manual_seed(0)
-    return GaussianMixtureDenoiser(
-        means=torch.randn(3, 4, generator=draw, dtype=D64),
-        variances=torch.tensor([0.05, 0.1, 0.2], dtype=D64),
-        weights=torch.tensor([0.2, 0.3, 0.5], dtype=D64),
-        interpolant=interpolant,
-    )
-
-
 def trajectory(sampler, interpolant, x, noises):
     """The samples after each step."""
     xs = []
-    sampler(mixture(interpolant), x, GRID, rng=Noises(noises), on_step=lambda k, logsnr, x, x0: xs.append(x))
+    sampler(
+        mixture_4d(interpolant), x, GRID, rng=Noises(noises), on_step=lambda k, logsnr, x, x0: xs.append(x)
+    )
     return xs
 
 
@@ -173,7 +163,7 @@ def draws():
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_k_diffusion(solver_type, eta, draws, sampling):
     ve, sigmas, noises = INTERPOLANTS["ve"], torch.exp(-GRID / 2), iter(draws[1:])
-    problem, xs = mixture(ve), []
+    problem, xs = mixture_4d(ve), []
     end = sampling.sample_dpmpp_2m_sde(
         lambda x, sigma: problem(x, -2 * torch.log(sigma)),
         sigmas[0] * draws[0],
@@ -203,7 +193,7 @@ def test_diffusers(order, solver_type, draws):
     )
     scheduler.set_timesteps(steps)
     scheduler.sigmas = torch.exp(-GRID / 2)
-    problem, x, theirs = mixture(vp), vp(GRID[0])[1] * draws[0], []
+    problem, x, theirs = mixture_4d(vp), vp(GRID[0])[1] * draws[0], []
     ours = trajectory(DPMSolverPPSDE(order=order, solver_type=solver_type), vp, x, list(draws[1:]))
     for t, logsnr, noise in zip(scheduler.timesteps, GRID, draws[1:], strict=False):
         x = scheduler.step(problem(x, logsnr), t, x, variance_noise=noise).prev_sample

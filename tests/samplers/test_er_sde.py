@@ -5,10 +5,9 @@ import math
 import laws
 import pytest
 import torch
-from problems import D64, INTERPOLANTS, PURE_COSINE, gaussian, mixture_1d
+from problems import D64, INTERPOLANTS, PURE_COSINE, gaussian, mixture_1d, mixture_4d
 from scipy.integrate import quad
 
-from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.samplers import DDIM, CountingDenoiser
 from diffusion_lab.samplers.er_sde import ERSDE, moments
 from diffusion_lab.samplers.grids import karras, uniform_logsnr, uniform_u
@@ -195,24 +194,13 @@ def test_marginals(sampler):
 GRID = karras(0.05, 20.0, 7.0, 12)
 
 
-def mixture(interpolant):
-    """Three components in four dimensions."""
-    draw = torch.Generator().manual_seed(0)
-    return GaussianMixtureDenoiser(
-        means=torch.randn(3, 4, generator=draw, dtype=D64),
-        variances=torch.tensor([0.05, 0.1, 0.2], dtype=D64),
-        weights=torch.tensor([0.2, 0.3, 0.5], dtype=D64),
-        interpolant=interpolant,
-    )
-
-
 @pytest.mark.parametrize("scale", PHI)
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_published_formulas(order, scale):
     # in y and l, with derivatives in l: no installed library has this solver. The authors' code takes the integrals by
     # a sum of 100 rectangles (1e-3 off here); these are exact. "newton" differs at order 3 alone, by -u_1 M_1 D2.
     vp, phi = INTERPOLANTS["vp"], PHI[scale][0]
-    problem, (alphas, sigmas) = mixture(vp), vp(GRID)
+    problem, (alphas, sigmas) = mixture_4d(vp), vp(GRID)
     draws = torch.randn(len(GRID), 6, 4, generator=torch.Generator().manual_seed(1), dtype=D64)
     ours, x0s = [], []
     ERSDE(order=order, scale=scale, variant="taylor")(

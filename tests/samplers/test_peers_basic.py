@@ -7,9 +7,8 @@ the tolerance is 1e-5 of the samples' scale; k-diffusion computes in float64 and
 
 import pytest
 import torch
-from problems import D64, INTERPOLANTS
+from problems import D64, INTERPOLANTS, mixture_4d
 
-from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.samplers import DDIM, DPMSolverPP2M, Euler, Heun
 from diffusion_lab.samplers.grids import karras
 
@@ -24,17 +23,6 @@ class Noises:
 
     def randn_like(self, x):
         return next(self.noises)
-
-
-def mixture(interpolant):
-    """Three components in four dimensions."""
-    draw = torch.Generator().manual_seed(0)
-    return GaussianMixtureDenoiser(
-        means=torch.randn(3, 4, generator=draw, dtype=D64),
-        variances=torch.tensor([0.05, 0.1, 0.2], dtype=D64),
-        weights=torch.tensor([0.2, 0.3, 0.5], dtype=D64),
-        interpolant=interpolant,
-    )
 
 
 def draws(n):
@@ -77,7 +65,7 @@ def test_diffusers_ddim(eta, grid, diffusers):
     )
     scheduler.set_timesteps(steps)
     scheduler.alphas_cumprod = torch.sigmoid(grid[:-1]).flip(0)
-    problem, (first, *noises) = mixture(VP), draws(steps + 1)
+    problem, (first, *noises) = mixture_4d(VP), draws(steps + 1)
     x = VP(grid[0])[1] * first
     ours, theirs = trajectory(DDIM(eta=eta), problem, x, grid, noises), []
     for t, logsnr, noise in zip(scheduler.timesteps, grid, noises, strict=False):
@@ -93,7 +81,7 @@ def test_diffusers_dpmpp_2m(grid, diffusers):
     scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=2, prediction_type="sample")
     scheduler.set_timesteps(len(grid) - 1)
     scheduler.sigmas = torch.exp(-grid / 2)
-    problem = mixture(VP)
+    problem = mixture_4d(VP)
     x = VP(grid[0])[1] * draws(1)[0]
     ours, theirs = trajectory(DPMSolverPP2M(), problem, x, grid), []
     for t, logsnr in zip(scheduler.timesteps, grid, strict=False):
@@ -106,13 +94,13 @@ def test_diffusers_euler(grid, diffusers):
     scheduler = diffusers.EulerDiscreteScheduler(prediction_type="sample")
     scheduler.set_timesteps(len(grid) - 1)
     scheduler.sigmas = torch.exp(-grid / 2)
-    problem = mixture(VE)
+    problem = mixture_4d(VE)
     x = VE(grid[0])[1] * draws(1)[0]
     ours, theirs = trajectory(Euler(), problem, x, grid), []
     for t, logsnr in zip(scheduler.timesteps, grid, strict=False):
         # it hands the network x / sqrt(sigma^2 + 1), which is the variance-preserving x
         scaled = scheduler.scale_model_input(x, t)
-        x = scheduler.step(mixture(VP)(scaled, logsnr), t, x).prev_sample
+        x = scheduler.step(mixture_4d(VP)(scaled, logsnr), t, x).prev_sample
         theirs.append(x)
     assert_agree(ours, theirs, 1e-5)
 
@@ -125,12 +113,12 @@ def test_diffusers_heun(grid, diffusers):
     scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
     levels = torch.cat([grid[:1], grid[1:-1].repeat_interleave(2)])
     x = VE(grid[0])[1] * draws(1)[0]
-    ours, theirs = trajectory(Heun(), mixture(VE), x, grid), []
+    ours, theirs = trajectory(Heun(), mixture_4d(VE), x, grid), []
     # the level of each timestep appears twice, the first as the end of a step
     scheduler.set_begin_index(0)
     for t, logsnr in zip(scheduler.timesteps, levels, strict=True):
         scaled = scheduler.scale_model_input(x, t)
-        x = scheduler.step(mixture(VP)(scaled, logsnr), t, x).prev_sample
+        x = scheduler.step(mixture_4d(VP)(scaled, logsnr), t, x).prev_sample
         theirs.append(x)
     assert_agree(ours, [*theirs[1::2], theirs[-1]], 1e-5)
 
@@ -149,7 +137,7 @@ def test_diffusers_heun(grid, diffusers):
     ids=["euler", "ddim", "heun", "dpmpp_2m"],
 )
 def test_k_diffusion(name, sampler, grid, sampling):
-    problem, sigmas, xs = mixture(VE), torch.exp(-grid / 2), []
+    problem, sigmas, xs = mixture_4d(VE), torch.exp(-grid / 2), []
     x = sigmas[0] * draws(1)[0]
     end = getattr(sampling, name)(
         lambda x, sigma: problem(x, -2 * torch.log(sigma)),
@@ -164,7 +152,7 @@ def test_k_diffusion(name, sampler, grid, sampling):
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_k_diffusion_ancestral_is_ddim_with_the_same_eta(eta, grid, sampling):
     # sigma_up = eta sigma_next sqrt(1 - sigma_next^2 / sigma^2) is DDIM's n, sigma_down its sqrt(sigma_next^2 - n^2)
-    problem, sigmas, xs = mixture(VE), torch.exp(-grid / 2), []
+    problem, sigmas, xs = mixture_4d(VE), torch.exp(-grid / 2), []
     first, *noises = draws(len(grid))
     left = iter(noises)
     end = sampling.sample_euler_ancestral(

@@ -5,9 +5,8 @@ import math
 import laws
 import pytest
 import torch
-from problems import D64, INTERPOLANTS, PURE_COSINE, gaussian, mixture_1d, observed_order
+from problems import D64, INTERPOLANTS, PURE_COSINE, gaussian, mixture_1d, mixture_4d, observed_order
 
-from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers import DDIM, CountingDenoiser
 from diffusion_lab.samplers.dpmpp_sde import DPMSolverPPSDE
@@ -184,17 +183,6 @@ def test_marginals(sampler):
 GRID = karras(0.05, 20.0, 7.0, 12)
 
 
-def mixture(interpolant):
-    """Three components in four dimensions."""
-    draw = torch.Generator().manual_seed(0)
-    return GaussianMixtureDenoiser(
-        means=torch.randn(3, 4, generator=draw, dtype=D64),
-        variances=torch.tensor([0.05, 0.1, 0.2], dtype=D64),
-        weights=torch.tensor([0.2, 0.3, 0.5], dtype=D64),
-        interpolant=interpolant,
-    )
-
-
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
     "orders", [(1, 1), (1, 2), (1, 4), (2, 2), (2, 3), (2, 4), (3, 1), (3, 3), (3, 4)], ids=str
@@ -207,7 +195,7 @@ def test_diffusers(orders, tau, monkeypatch):
 
     vp, steps = INTERPOLANTS["vp"], len(GRID) - 1
     draws = torch.randn(steps + 1, 6, 4, generator=torch.Generator().manual_seed(1), dtype=D64)
-    problem, x, ours, theirs = mixture(vp), vp(GRID[0])[1] * draws[0], [], []
+    problem, x, ours, theirs = mixture_4d(vp), vp(GRID[0])[1] * draws[0], [], []
     solver(*orders, tau, "bh1")(
         problem, x, GRID, rng=Noises(draws[1:]), on_step=lambda k, logsnr, x, x0: ours.append(x)
     )

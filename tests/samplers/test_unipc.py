@@ -5,9 +5,8 @@ import math
 import laws
 import pytest
 import torch
-from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d, observed_order
+from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d, mixture_4d, observed_order
 
-from diffusion_lab.denoisers import GaussianMixtureDenoiser
 from diffusion_lab.samplers import DDIM, CountingDenoiser, DPMSolverPP2M
 from diffusion_lab.samplers.grids import karras, uniform_u
 from diffusion_lab.samplers.unipc import UniPC
@@ -135,17 +134,6 @@ def test_local_order_of_the_corrector(order, variant):
 GRID = karras(0.05, 20.0, 7.0, 12)
 
 
-def mixture(interpolant):
-    """Three components in four dimensions."""
-    draw = torch.Generator().manual_seed(0)
-    return GaussianMixtureDenoiser(
-        means=torch.randn(3, 4, generator=draw, dtype=D64),
-        variances=torch.tensor([0.05, 0.1, 0.2], dtype=D64),
-        weights=torch.tensor([0.2, 0.3, 0.5], dtype=D64),
-        interpolant=interpolant,
-    )
-
-
 @every
 def test_diffusers(sampler):
     diffusers = pytest.importorskip("diffusers")
@@ -159,7 +147,7 @@ def test_diffusers(sampler):
     )
     scheduler.set_timesteps(steps)
     scheduler.sigmas = torch.exp(-GRID / 2)
-    problem, ours, theirs = mixture(vp), [], []
+    problem, ours, theirs = mixture_4d(vp), [], []
     x = vp(GRID[0])[1] * torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=D64)
     end = sampler(problem, x, GRID, on_step=lambda k, logsnr, x, x0: ours.append(x))
     for k, t in enumerate(scheduler.timesteps):
