@@ -47,7 +47,7 @@ TEACHERS = {
     "digits": ("experiment=digits/quickstart",),
     "mnist": ("experiment=mnist/ten_minutes", "num_classes=10"),
 }
-SAMPLES = {"digits": 1437, "mnist": 2000}
+SAMPLES = {"digits": 1437, "mnist": 1000}
 PLAIN = ("guidance=none", "modifiers=static_threshold", "grid=uniform_u", "sampler=ddim")
 """How the teacher is sampled: as its students learn to step."""
 SHOWN = 16
