@@ -31,7 +31,7 @@ PARTS = {
     "batch of 128, not 64": ("batch_size=128", "optimizer.lr=2.8e-3"),
     "learning rate 1e-3, not 2e-3": ("optimizer.lr=1e-3",),
     "learning rate 4e-3, not 2e-3": ("optimizer.lr=4e-3",),
-    "constant learning rate, not falling": ("lr_schedule=constant",),
+    "constant learning rate, not falling": ("lr_schedule=constant", "~lr_schedule.final"),
     "half-life average, not power": ("averages=ema",),
     "weighting eps_mse, not sigmoid": ("weighting=eps_mse",),
     "weighting snr_plus_one, not sigmoid": ("weighting=snr_plus_one",),

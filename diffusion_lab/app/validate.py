@@ -46,11 +46,12 @@ def validate(cfg: DictConfig, schema: type) -> None:
 
 
 def drop_absent_parts(cfg: DictConfig, groups: Mapping[str, Sequence[str]], overrides: Sequence[str]) -> None:
-    """Drop settings of callbacks, loggers, averages and modifiers that were not chosen, and steps of a grid without.
+    """Drop settings of what was not chosen, as long as the user himself did not name them.
 
     An experiment sets the intervals of its callbacks; `callbacks=none` on top of it leaves these settings without an
-    object to belong to. That is no mistake, as long as the part exists and the user himself did not name it. Nor is the
-    number of steps that an experiment or `debug=fast` sets, where the levels of the grid chosen are named one by one.
+    object to belong to. That is no mistake, as long as the part exists: so it is with callbacks, loggers, averages and
+    modifiers. An experiment sets arguments of its schedule, too, which another `schedule=` on the command line may not
+    have. And it, or `debug=fast`, sets the number of steps of a grid, whose levels may be named one by one.
 
     Args:
         cfg: The composed config; changed in place.
@@ -74,11 +75,17 @@ def drop_absent_parts(cfg: DictConfig, groups: Mapping[str, Sequence[str]], over
                     raise UserError(f"{override}: '{name}' is not among the {group} chosen")
             with open_dict(cfg):
                 del cfg[group][name]
-    grid = cfg.get("grid")
-    if isinstance(grid, DictConfig) and "steps" in grid and not _takes(grid, "steps"):
-        if not any(override.lstrip("+~").startswith("grid.steps=") for override in overrides):
-            with open_dict(cfg):
-                del cfg.grid["steps"]
+    named = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    for group in _children(cfg):
+        node = cfg._get_node(group)
+        if not isinstance(node, DictConfig) or node._is_none() or "_target_" not in node:
+            continue
+        for key in [str(key) for key in _children(node)]:
+            # an experiment's arguments of the option that stood here before
+            stale = group in named or (group, key) == ("grid", "steps")
+            if stale and key not in HYDRA_KEYS and f"{group}.{key}" not in named and not _takes(node, key):
+                with open_dict(cfg):
+                    del cfg[group][key]
 
 
 def _takes(node: DictConfig, name: str) -> bool:

@@ -337,6 +337,20 @@ def test_settings_of_parts_that_were_not_chosen_are_dropped():
         drop({"checkpoints": {"keep": 3}}, ["callbacks.checkpoints.keep=3"])
 
 
+def test_arguments_that_an_experiment_set_go_with_the_option_that_the_user_replaced():
+    constant = "diffusion_lab.modules.learning_rate.Constant"
+
+    def dropped(*overrides):
+        cfg = OmegaConf.create({"lr_schedule": {"_target_": constant, "warmup_images": 5, "final": 0.1}})
+        drop_absent_parts(cfg, {}, overrides)
+        return set(cfg.lr_schedule)
+
+    assert dropped("lr_schedule=constant") == {"_target_", "warmup_images"}
+    # what stands there by itself, or was asked for, is a mistake to be told
+    assert "final" in dropped() and "final" in dropped("optimizer=adam")
+    assert "final" in dropped("lr_schedule=constant", "lr_schedule.final=0.1")
+
+
 def test_a_grid_whose_levels_are_named_one_by_one_loses_steps_that_the_user_did_not_name():
     grids = "diffusion_lab.samplers.grids."
     named = {"_target_": f"{grids}from_logsnrs", "logsnrs": [0.0], "steps": 2}
