@@ -169,7 +169,7 @@ def teach(runs: Path, data: str, seed: int, *, guided: bool) -> None:
 
 def distil(runs: Path, data: str, name: str, steps: int, seed: int) -> None:
     """Train and score a student."""
-    method = METHODS[name]
+    method = methods(data)[name]
     teacher = teacher_of(runs, data, seed)
     if method.of:
         teacher = student_of(runs, data, method.of, METHODS[method.of].steps[0], seed)
