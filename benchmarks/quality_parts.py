@@ -32,7 +32,7 @@ PARTS = {
     "learning rate 1e-3, not 2e-3": ("optimizer.lr=1e-3",),
     "learning rate 4e-3, not 2e-3": ("optimizer.lr=4e-3",),
     "constant learning rate, not falling": ("lr_schedule=constant", "~lr_schedule.final"),
-    "half-life average, not power": ("averages=ema",),
+    "half-life average, not power": ("averages=ema", "callbacks.sample_grid.ema=ema"),
     "weighting eps_mse, not sigmoid": ("weighting=eps_mse",),
     "weighting snr_plus_one, not sigmoid": ("weighting=snr_plus_one",),
     "16 channels on pixels, not 32 on patches of 2": (
