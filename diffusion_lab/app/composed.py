@@ -55,7 +55,7 @@ def check_config(session: Session, cfg: DictConfig) -> None:
     Raises:
         UserError: At the first trouble.
     """
-    from omegaconf import open_dict
+    from omegaconf import OmegaConf, open_dict
 
     from diffusion_lab.app.help import options
     from diffusion_lab.app.rules import check_rules
@@ -63,7 +63,9 @@ def check_config(session: Session, cfg: DictConfig) -> None:
     from diffusion_lab.app.teacher import check as check_teacher
     from diffusion_lab.app.validate import drop_absent_parts, validate
 
-    drop_absent_parts(cfg, options(session.folders), cfg.overrides)
+    # as typed: a word may hold an interpolation that is not meant for the list of words
+    words: Any = OmegaConf.to_container(cfg.overrides, resolve=False)
+    drop_absent_parts(cfg, options(session.folders), words)
     validate(cfg, SCHEMAS[session.app])
     if session.app == "train":
         check_rules(cfg)
