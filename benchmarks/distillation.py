@@ -3,9 +3,9 @@
     python benchmarks/distillation.py [--data digits] [--seeds 0 1 2] [--only progressive ...] [--workers 2]
                                       [--runs runs/distillation]
 
-Trains a teacher a seed, and from it the students of every method as their laptop recipes say (`METHODS`, under four
-minutes each on a core). Each is asked for `SAMPLES`, as many as digits has training images: Fréchet distance from the
-test images and from the training images, precision and recall. What a training costs is told in evaluations of the
+Trains a teacher a seed, and from it the students of every method as their laptop recipes say (`METHODS`). Each is asked
+for `SAMPLES`, of digits as many as there are training images: Fréchet distance from the test images and from the
+training images, precision and recall. What a training costs is told in evaluations of the
 teacher: processor seconds of the whole command over those of one image in one call.
 
 Known runs and figures are kept below --runs, so a script that was stopped goes on. Figures are added to what the result

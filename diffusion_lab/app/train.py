@@ -83,6 +83,7 @@ def _settle(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
 
 
 def _open_record(start: resume.Start, config: Mapping[str, Any]) -> None:
+    teacher = config["method"].get("teacher")
     record.start(
         start.folder.record,
         command=record.command("train", config.get("overrides") or []),
@@ -91,7 +92,7 @@ def _open_record(start: resume.Start, config: Mapping[str, Any]) -> None:
             "run": f"{config['name']}/{start.folder.path.name}",
             "identity": identity(config),
             "seed": config["seed"],
-            **({"teacher": teacher} if (teacher := config["method"].get("teacher")) else {}),
+            **({"teacher": teacher} if teacher else {}),
             "resumed_from": None if start.checkpoint is None else start.checkpoint.name,
         },
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_lab.metrics.frechet import frechet_distance
+from diffusion_lab.metrics.frechet import frechet_distance, frechet_from_stats
 from diffusion_lab.metrics.stats import GaussianStats, gaussian_stats
 
 
@@ -218,3 +218,90 @@ def test_statistics_survive_their_state_dict():
     assert other.n == 9 and torch.equal(other.cov, stats.cov)
     other.update(torch.ones(1, 3))
     assert stats.n == 9  # the copy has its own tensors
+
+
+class TinyFeatures(torch.nn.Module):
+    """Ten fixed non-linear features of uint8 RGB images, for the other libraries."""
+
+    num_features = 10
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(3 * 8 * 8, 10, generator=rng(17)) / 14)
+
+    def forward(self, images):
+        return torch.tanh((images.float() / 127.5 - 1).flatten(1) @ self.weight) * 3 + 1
+
+
+def image_sets():
+    a = torch.randint(0, 256, (300, 3, 8, 8), generator=rng(18), dtype=torch.uint8)
+    b = (torch.randint(0, 256, (400, 3, 8, 8), generator=rng(19)) ** 2 // 256).to(torch.uint8)
+    return a, b
+
+
+def ours(a, b):
+    features = TinyFeatures()
+    return frechet_from_stats(gaussian_stats(features(a)), gaussian_stats(features(b)))
+
+
+def test_the_value_of_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    a, b = image_sets()
+    metric = FrechetInceptionDistance(feature=TinyFeatures(), input_img_size=(3, 8, 8))
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert ours(a, b) == pytest.approx(metric.compute().item(), rel=1e-4)
+
+
+def test_the_value_of_torch_fidelity():
+    import torch_fidelity
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    class Tiny(FeatureExtractorBase):
+        def __init__(self, name, features_list, feature_extractor_weights_path=None, **settings):
+            super().__init__(name, features_list)
+            self.tiny = TinyFeatures()
+
+        def forward(self, images):
+            return (self.tiny(images),)
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("ten",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "ten"
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        @staticmethod
+        def get_dummy_input_for_compile():
+            return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, images):
+            self.images = images
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, index):
+            return self.images[index]
+
+    a, b = image_sets()
+    torch_fidelity.register_feature_extractor("diffusion-lab-tiny", Tiny)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(a),
+        input2=Images(b),
+        feature_extractor="diffusion-lab-tiny",
+        fid=True,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    assert ours(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
