@@ -191,9 +191,8 @@ def trained(
         return denoiser.eval(), lambda steps: uniform_u(Cosine(), steps)
     peer = PEERS[name.split(", ")[0]](WIDTHS[name.split(", ")[0]], SHAPE, None)
     peer.network.load_state_dict(state)
-    peer.network.to(
-        memory_format=torch.channels_last
-    )  # to sample takes them a third less time so, training is theirs
+    # only to sample, which takes them a third less time so: how they train is theirs
+    peer.network.to(memory_format=torch.channels_last)
     discrete: Discrete = peer.discrete(peer.network).eval()
     return discrete, discrete.grid
 
