@@ -1,12 +1,9 @@
 r"""aDDIM: DDIM whose noise is lengthened by the variance that the mean of x0 lacks.
 
-DDIM's map to x_next is linear in x0 with slope c, so a draw of x0 in place of its mean would add c^2 x_var to each
-coordinate's variance, x_var being that of p(x0 | x). aDDIM draws nothing: it lengthens the noise it has, of d numbers,
+    x_next = alpha_next x0 + sqrt( sigma_next^2 + (d / |eps|^2) c^2 x_var ) eps,
 
-    x_next = alpha_next x0 + sqrt( sigma_next^2 + (d / |eps|^2) c^2 x_var ) eps,    eps = (x - alpha x0) / sigma,
-    c = alpha_next - alpha sigma_next / sigma = alpha_next (1 - exp(-h)),           h half the gap in log-SNR,
-
-|eps|^2 being each sample's own. x_var comes from a table, `measured_x_var` of the model, or is
+c being the slope of DDIM's map to x_next and d / |eps|^2 that of each sample (`process/addim.py`). x_var comes from a
+table, `measured_x_var` of the model, or is
 
     x_var = fraction / (1 / prior_variance + alpha^2 / sigma^2),
 
@@ -26,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lab.process.broadcast import broadcast_right, expand_logsnr, is_infinite
+from diffusion_lab.process.addim import addim_x0
+from diffusion_lab.process.broadcast import expand_logsnr, is_infinite
 from diffusion_lab.process.gaussian import ddim_step, marginal
 from diffusion_lab.rng import SampleRNG
 from diffusion_lab.samplers.base import State, Stepper
@@ -82,20 +80,10 @@ class ADDIM(Stepper):
         rng: SampleRNG | None,
     ) -> tuple[Tensor, State]:
         """See `Stepper.step`."""
-        x0, x_var = denoiser(x, logsnr), self.x_var(logsnr)
-        last = is_infinite(logsnr_next, 1)
-        if bool((x_var == 0).all()) or (last and not self.adjust_last):
-            return ddim_step(denoiser.interpolant, x, x0, logsnr, logsnr_next), None
-        (alpha, sigma), (alpha_next, sigma_next) = (
-            denoiser.interpolant(level) for level in (logsnr, logsnr_next)
-        )
-        c = -alpha_next * torch.expm1(0.5 * (logsnr - logsnr_next))
-        # of sigma eps: a sample whose noise is exactly zero has nothing to lengthen
-        noise = x - broadcast_right(alpha, x) * x0
-        square = (noise.flatten(1) ** 2).mean(1)
-        square = broadcast_right(torch.where(square > 0, square, torch.inf), x)
-        kept, added = broadcast_right((sigma_next / sigma) ** 2, x), broadcast_right(c**2 * x_var, x)
-        return broadcast_right(alpha_next, x) * x0 + torch.sqrt(kept + added / square) * noise, None
+        x0 = denoiser(x, logsnr)
+        if self.adjust_last or not is_infinite(logsnr_next, 1):
+            x0 = addim_x0(denoiser.interpolant, x, x0, logsnr, logsnr_next, self.x_var(logsnr))
+        return ddim_step(denoiser.interpolant, x, x0, logsnr, logsnr_next), None
 
 
 def measured_x_var(

@@ -8,8 +8,7 @@ Steps are handed on as that x0 and never recovered from x_next: the inverse divi
 short steps, where float32 has no digits left. With h half the gap in log-SNR of a step:
 
     DDIM          x0 is the teacher's answer
-    aDDIM         x0 + c x_var / (m (s + r)) n        n = x - alpha x0,  m its mean square,  r = sigma_next / sigma,
-                                                      c = alpha_next (1 - e^-h),  s = sqrt(r^2 + c^2 x_var / m)
+    aDDIM         the answer with its noise lengthened, `process/addim.py`
     two steps     w x0_1 + (1 - w) x0_2,              w = e^-h2 (1 - e^-h1) / (1 - e^-(h1 + h2))
 
 The last line is Salimans & Ho's target x~, whose two coefficients are divided out by hand: it is a mean of the two
@@ -27,6 +26,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffusion_lab.process.addim import addim_x0
 from diffusion_lab.process.broadcast import broadcast_right
 from diffusion_lab.process.gaussian import ddim_step
 from diffusion_lab.process.interpolants import Interpolant
@@ -69,15 +69,8 @@ def adjusted(
         logsnr_next: `(B,)`.
         x_var: See `Variance`.
     """
-    (alpha, sigma), (alpha_next, sigma_next) = interpolant(logsnr), interpolant(logsnr_next)
-    noise = x - broadcast_right(alpha, x) * x0
-    square = noise.flatten(1).double().square().mean(1)
-    ratio = sigma_next / sigma
-    slope = alpha_next * decay(logsnr, logsnr_next)[1]
-    missing = slope * x_var(logsnr) / torch.where(square > 0, square, torch.inf)
-    gain = missing / (torch.sqrt(ratio**2 + slope * missing) + ratio)
-    gain = torch.where(torch.isposinf(logsnr_next) | (missing == 0), torch.zeros_like(gain), gain)
-    return x0 + broadcast_right(gain, x) * noise
+    found = addim_x0(interpolant, x, x0, logsnr, logsnr_next, x_var(logsnr))
+    return torch.where(broadcast_right(torch.isposinf(logsnr_next), x).bool(), x0, found)
 
 
 def one_step(

@@ -32,14 +32,12 @@ from diffusion_lab.losses.distillation.moments import AlternatingLoss
 from diffusion_lab.losses.distillation.rewarded import Rewarded, own_samples
 from diffusion_lab.modules.diffusion import OptimizerFactory
 from diffusion_lab.modules.distillation.base import DistillationModule, Phase, without_dropout
+from diffusion_lab.modules.distillation.former_student import FormerStudent
 from diffusion_lab.modules.distillation.same_dropout import SameDropout
-from diffusion_lab.modules.errors import RunError
 from diffusion_lab.modules.learning_rate import LRSchedule
 from diffusion_lab.rewards import NoReward
 from diffusion_lab.rng import StepRNG
 from diffusion_lab.typing import Cond, GuidanceFactory
-
-KEY = "unrewarded_student"
 
 
 class MomentMatchingModule(DistillationModule):
@@ -117,10 +115,12 @@ class MomentMatchingModule(DistillationModule):
         off = rewarded is None or isinstance(rewarded.reward, NoReward | None)
         self.rewarded = None if off else rewarded
         self.rewarded_from: int | None = None
+        self._former: FormerStudent | None = None
         if self.rewarded is not None:
             self._plan(self.rewarded, max_images)
-            # on the CPU until the stage begins; in a tuple, where nn.Module does not look for modules
-            self._reference = (copy.deepcopy(denoiser).eval().requires_grad_(False),)
+            self._former = FormerStudent(
+                denoiser, key="unrewarded_student", method="rewarded moment matching"
+            )
 
     def _plan(self, rewarded: Rewarded, max_images: int) -> None:
         """Lay the border of the two stages where the auxiliary's turn begins."""
@@ -161,7 +161,7 @@ class MomentMatchingModule(DistillationModule):
             steps=self.steps,
             learner="auxiliary" if self.phase.name == "auxiliary" else "student",
             rewarded=self.rewarded if rewarded else None,
-            reference=self._reference[0] if rewarded else None,
+            reference=self._former.denoiser if self._former and rewarded else None,
         )
 
     def _own_samples(self, x0: Tensor, cond: Cond | None, rng: StepRNG) -> Tensor:
@@ -178,9 +178,8 @@ class MomentMatchingModule(DistillationModule):
     def begin_step(self) -> None:
         """See `DistillationModule`; where the reward's stage begins, the student is copied."""
         super().begin_step()
-        if self.images_seen == self.rewarded_from:
-            self._reference[0].load_state_dict(self.denoiser.state_dict())
-            self._reference[0].to(self.device)
+        if self._former is not None and self.images_seen == self.rewarded_from:
+            self._former.take(self.denoiser, self.device)
 
     def milestone(self) -> str | None:
         """See `DistillationModule`: `unrewarded` at the end of moment matching, where a reward comes after it."""
@@ -191,25 +190,17 @@ class MomentMatchingModule(DistillationModule):
         super().on_fit_start()
         if self.compile_network:
             self.auxiliary.network.compile()
-        if self.is_rewarded:
-            self._reference[0].to(self.device)
+        if self._former is not None and self.is_rewarded:
+            self._former.denoiser.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `DiffusionModule`; within the reward's stage the student as it was is part of the state."""
         super().on_save_checkpoint(checkpoint)
-        if self.is_rewarded and self.images_seen != self.rewarded_from:
-            checkpoint[KEY] = self._reference[0].state_dict()
+        if self._former is not None:
+            self._former.save(checkpoint, border=self.rewarded_from, images_seen=self.images_seen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `DiffusionModule`.
-
-        Raises:
-            RunError: If the checkpoint was written within the reward's stage and lacks the student as it was.
-        """
+        """See `DiffusionModule` and `FormerStudent.load`."""
         super().on_load_checkpoint(checkpoint)
-        if self.is_rewarded and self.images_seen != self.rewarded_from:
-            if KEY not in checkpoint:
-                raise RunError(
-                    "the checkpoint has no unrewarded student: it is not one of rewarded moment matching"
-                )
-            self._reference[0].load_state_dict(checkpoint[KEY])
+        if self._former is not None:
+            self._former.load(checkpoint, border=self.rewarded_from, images_seen=self.images_seen)

@@ -16,7 +16,6 @@ References:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,14 +28,12 @@ from diffusion_lab.losses.distillation.progressive import ProgressiveLoss
 from diffusion_lab.losses.distillation.teacher_steps import Variance
 from diffusion_lab.modules.diffusion import OptimizerFactory
 from diffusion_lab.modules.distillation.base import DistillationModule, without_dropout
+from diffusion_lab.modules.distillation.former_student import FormerStudent
 from diffusion_lab.modules.distillation.halvings import Halving, LinearPerHalving, halvings
-from diffusion_lab.modules.errors import RunError
 from diffusion_lab.rng import StepRNG
 from diffusion_lab.samplers import DDIM, Stepper
 from diffusion_lab.samplers.addim import ADDIM
 from diffusion_lab.typing import Cond, DenoiserFn, GuidanceFactory
-
-KEY = "previous_student"
 
 
 def variance_of(sampler: Stepper) -> Variance | None:
@@ -116,8 +113,7 @@ class ProgressiveModule(DistillationModule):
         )
         without_dropout(denoiser)
         self.x_var = variance_of(DDIM() if sampler is None else sampler)
-        # on the CPU until the first border; in a tuple, where nn.Module does not look for modules
-        self._previous = (copy.deepcopy(denoiser).eval().requires_grad_(False),)
+        self._former = FormerStudent(denoiser, key="previous_student", method="progressive distillation")
 
     @property
     def halving(self) -> Halving:
@@ -128,7 +124,7 @@ class ProgressiveModule(DistillationModule):
     @property
     def previous(self) -> NetworkDenoiser:
         """The student of the stage before; not yet trained in the first."""
-        return self._previous[0]
+        return self._former.denoiser
 
     @property
     def stage_teacher(self) -> DenoiserFn:
@@ -152,15 +148,10 @@ class ProgressiveModule(DistillationModule):
         """See `DistillationModule`; at the border of two stages the student becomes the teacher."""
         super().begin_step()
         if 0 < self.images_seen == self.halving.start:
-            self.previous.load_state_dict(self.denoiser.state_dict())
-            self._take_over()
+            self._former.take(self.denoiser, self.device)
+            self.teacher.to("cpu")
             optimizer: Any = self.optimizers()
             optimizer.optimizer.state.clear()
-
-    def _take_over(self) -> None:
-        """Bring the previous student to the device in the first teacher's place."""
-        self.previous.to(self.device)
-        self.teacher.to("cpu")
 
     def milestone(self) -> str | None:
         """See `DistillationModule`: `steps_<N>` at the end of each stage."""
@@ -173,24 +164,15 @@ class ProgressiveModule(DistillationModule):
         if self.compile_network:
             self.previous.network.compile()
         if self.halving.start > 0:
-            self._take_over()
+            self.previous.to(self.device)
+            self.teacher.to("cpu")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `DiffusionModule`; within a later stage the previous student is part of the state."""
         super().on_save_checkpoint(checkpoint)
-        if 0 < self.halving.start < self.images_seen:
-            checkpoint[KEY] = self.previous.state_dict()
+        self._former.save(checkpoint, border=self.halving.start, images_seen=self.images_seen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `DiffusionModule`.
-
-        Raises:
-            RunError: If the checkpoint was written within a later stage and lacks the previous student.
-        """
+        """See `DiffusionModule` and `FormerStudent.load`."""
         super().on_load_checkpoint(checkpoint)
-        if 0 < self.halving.start < self.images_seen:
-            if KEY not in checkpoint:
-                raise RunError(
-                    "the checkpoint has no previous student: it is not one of progressive distillation"
-                )
-            self.previous.load_state_dict(checkpoint[KEY])
+        self._former.load(checkpoint, border=self.halving.start, images_seen=self.images_seen)
