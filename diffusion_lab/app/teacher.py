@@ -246,6 +246,26 @@ def makes_images(method: Mapping[str, Any]) -> bool:
     return not isinstance(target, str) or bool(getattr(get_object(target), "makes_images", True))
 
 
+def departures(config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[str]:
+    """Return in what way a student that has learnt a fixed number of steps is sampled otherwise, a line each.
+
+    Args:
+        config: The run's config. Without `method.steps` and a teacher there is nothing to depart from.
+        generation: How it is sampled.
+    """
+    method = config.get("method") or {}
+    steps, found = method.get("steps"), []
+    if not isinstance(steps, int) or "teacher" not in method:
+        return []
+    asked = (generation.get("grid") or {}).get("steps", steps)
+    if asked != steps:
+        found.append(f"grid.steps={asked}: this student was trained for {steps}")
+    learnt, taken = (_short(part.get("sampler") or {}) for part in (config, generation))
+    if taken != learnt:
+        found.append(f"sampler {taken}: this student was trained for {learnt}")
+    return found
+
+
 def portable(method: Mapping[str, Any]) -> dict[str, Any]:
     """Return the method's config with no more of the teacher's folder than its name, for an export."""
     node = method.get("teacher")

@@ -15,7 +15,7 @@ from diffusion_lab.app.cli import conf_folder
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.export import metadata
 from diffusion_lab.app.run import identity
-from diffusion_lab.app.teacher import complete
+from diffusion_lab.app.teacher import complete, departures
 
 # two halvings, three steps each
 STUDENT = [
@@ -131,6 +131,18 @@ def test_an_unfinished_teacher_and_what_comes_next_are_told(teacher, tmp_path, c
     told = " ".join(capsys.readouterr().out.split())
     assert f"taught by {place}, ema: not through with its own training (preempted)" in told
     assert f"python sample.py run={folder}" in told.replace("│", "") and "ema=steps_" in told
+
+
+def test_a_student_of_so_many_steps_is_sampled_in_so_many_or_it_is_said():
+    ddim = {"_target_": "diffusion_lab.samplers.DDIM", "eta": 0.0}
+    run = {"method": {"teacher": {"run": "t"}, "steps": 4}, "sampler": ddim}
+    as_taught = {"sampler": ddim, "grid": {"_target_": "uniform_u", "steps": 4}}
+    assert departures(run, as_taught) == departures(run, {"sampler": ddim, "grid": {"logsnrs": [0.0]}}) == []
+    assert departures({"sampler": ddim}, {}) == departures({**run, "method": {"steps": 4}}, {}) == []
+    assert departures(run, {"sampler": {**ddim, "eta": 1.0}, "grid": {"steps": 8}}) == [
+        "grid.steps=8: this student was trained for 4",
+        "sampler DDIM(eta=1.0): this student was trained for DDIM(eta=0.0)",
+    ]
 
 
 @pytest.mark.slow
