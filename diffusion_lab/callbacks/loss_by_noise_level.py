@@ -1,7 +1,8 @@
 """Where on the noise axis the loss sits: mean per-example loss in bins of log-SNR.
 
 The loss is the one the optimizer sees, ½ (w/p) |eps - eps_hat|²; a bin that stays high or never fills tells about the
-schedule and the weighting. Each interval starts afresh. The sums are part of the checkpoint.
+schedule and the weighting. Each interval starts afresh. The sums are part of the checkpoint. Where networks learn in
+turns, the losses of the turns in which the denoiser does count.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class LossByNoiseLevel(StepCallback):
     @torch.no_grad()
     def on_step(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
         """Keep the losses, and write if due."""
-        self._fresh += [(terms.logsnr, terms.per_example) for terms in module.terms]
+        if module.denoiser_learns:
+            self._fresh += [(terms.logsnr, terms.per_example) for terms in module.terms]
         if len(self._fresh) >= BACKLOG:
             self._digest()
         if due(module, self.every_images):

@@ -90,6 +90,7 @@ class DiffusionModule(pl.LightningModule):
             averages do not.
         terms: Losses of the micro-batches of the current step on this process, detached.
         turn: Who learns in this step, by name, where several networks do so in turns; None otherwise.
+        denoiser_learns: Whether that is the denoiser, or the denoiser too.
         guard: Checks that losses and gradients are finite; see `FiniteGuard`.
         paused_s: Seconds that sampling, scoring and saving took, which throughput does not count.
 
@@ -130,6 +131,7 @@ class DiffusionModule(pl.LightningModule):
         self.updated = False
         self.terms: list[LossTerms] = []
         self.turn: str | None = None
+        self.denoiser_learns = True
         self.paused_s = 0.0
         self._micro = 0
         self._base_lr: list[float] = []

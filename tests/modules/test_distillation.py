@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from tiny_distillation import BATCH, OPTIMIZER, denoiser, fit, state, two_parts
 
+from diffusion_lab.callbacks import LossByNoiseLevel
 from diffusion_lab.callbacks.base import StepCallback
 from diffusion_lab.guidance import ClassifierFree
 from diffusion_lab.modules import RunError
@@ -148,6 +149,22 @@ def test_the_log_tells_the_turns_apart_also_after_a_resume_between_two_rows(tmp_
     checkpoint = tmp_path / "whole" / "checkpoints" / f"images-{6 * BATCH:010d}.ckpt"
     again, _ = rows(tmp_path / "again", resume=checkpoint)
     assert again == whole[1:]
+
+
+def test_losses_by_noise_level_are_of_the_students_turns_alone(tmp_path):
+    class Watch(StepCallback):
+        def __init__(self):
+            self.own = []
+
+        def on_step(self, trainer, module):
+            if module.turn == "student":
+                self.own += [terms.per_example for terms in module.terms]
+
+    watch, levels = Watch(), LossByNoiseLevel(every_images=6 * BATCH, bins=1, dirpath=str(tmp_path))
+    fit(tmp_path, two_parts(), 6 * BATCH, extra=[watch, levels])
+    own = torch.cat(watch.own).double()
+    assert len(own) == levels.last[0]["count"] == 2 * BATCH
+    assert levels.last[0]["loss"] == pytest.approx(float(own.mean()), rel=1e-12)
 
 
 @pytest.mark.parametrize("at", [1, 2, 4])

@@ -179,6 +179,7 @@ class DistillationModule(DiffusionModule, ABC):
         """Get ready for an optimizer step; for methods that change something at points of the clock."""
         phase = self.phase
         self.turn = phase.name if len(self.phases()) > 1 else None
+        self.denoiser_learns = "denoiser" in phase.parts
         for name, parameters in self._learning.items():
             for parameter in parameters:
                 parameter.requires_grad_(name in phase.parts)
