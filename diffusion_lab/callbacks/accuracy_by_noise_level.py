@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from diffusion_lab.callbacks.base import StepCallback, check_interval, due, paused
 from diffusion_lab.callbacks.preemption import was_preempted
+from diffusion_lab.callbacks.sampling import chosen
 from diffusion_lab.images import to_float
 from diffusion_lab.loggers import CSVMetrics, log_metrics
 from diffusion_lab.modules.diffusion import DiffusionModule
@@ -37,7 +38,8 @@ class AccuracyByNoiseLevel(StepCallback):
         every_images: Interval between measurements; the end of the run is measured too.
         levels: The log-SNRs.
         n: Test images, the first ones, at most.
-        ema: Which average to ask; "raw" for the live weights, which are also asked where there are no averages.
+        ema: Which average to ask; "raw" for the live weights; None for the first average, or for these where there is
+            none.
         seed: Image i has the noise of seed + i, the same at every level.
         dirpath: The run folder; None writes no file.
 
@@ -54,7 +56,7 @@ class AccuracyByNoiseLevel(StepCallback):
         every_images: int,
         levels: Sequence[float],
         n: int = 1000,
-        ema: str = "ema",
+        ema: str | None = None,
         seed: int = 0,
         dirpath: str | None = None,
     ) -> None:
@@ -97,11 +99,7 @@ class AccuracyByNoiseLevel(StepCallback):
         if self._measured_at == module.images_seen:
             return
         self._measured_at = module.images_seen
-        found = module.classifiers()
-        name = self.ema if len(found) > 1 else "raw"
-        if name not in found:
-            raise RunError(f"no average is called {name!r}; there are: {', '.join(found)}")
-        classifier = found[name]
+        classifier = module.classifiers()[chosen(module, self.ema)]
         # the others help to put a sharded classifier together
         with paused(module), torch.no_grad(), unsharded(classifier):
             if not trainer.is_global_zero:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffusion_lab.callbacks.base import StepCallback, check_interval, due, paused
 from diffusion_lab.callbacks.preemption import was_preempted
-from diffusion_lab.callbacks.sampling import conditions, evaluating, labels_for, pick, share
+from diffusion_lab.callbacks.sampling import chosen, conditions, evaluating, labels_for, pick, share
 from diffusion_lab.images import to_uint8
 from diffusion_lab.loggers import log_metrics
 from diffusion_lab.metrics.collect import Collected, Moments, Piece, collect, pieces_of
@@ -47,7 +47,8 @@ class FrechetDuringTraining(StepCallback):
         every_images: Interval.
         n: Number of samples.
         extractor: Features.
-        ema: Which average to sample; "raw" for the live weights.
+        ema: Which average to sample; "raw" for the live weights; None for the first average, or for these where there
+            is none.
         reference: Which real images to compare with.
         seed: Seed of the first sample.
         batch_size: Samples made at once by a process.
@@ -68,7 +69,7 @@ class FrechetDuringTraining(StepCallback):
         every_images: int,
         n: int = 500,
         extractor: FeatureExtractor,
-        ema: str = "ema",
+        ema: str | None = None,
         reference: Literal["test", "train"] = "test",
         seed: int = 0,
         batch_size: int = 250,
@@ -92,15 +93,18 @@ class FrechetDuringTraining(StepCallback):
 
     @property
     def name(self) -> str:
-        """Name under which the value is logged."""
+        """Name under which the value is logged, from the start of the run on."""
         return f"fd@{self.n}/{self.extractor.name}/{self.ema}"
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the extractor two blank samples: one for other images must say so now, not at the end of a training.
+        """Find the average, and show the extractor two blank samples: what does not fit is refused now, not at the end.
 
         Raises:
+            RunError: If there is no such average.
             ValueError: Of the extractor, if the images are not of its kind.
         """
+        if isinstance(pl_module, DiffusionModule):
+            self.ema = chosen(pl_module, self.ema)
         self.extractor(as_stored(torch.zeros(2, *self.generation.shape)))
 
     def on_step(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
@@ -124,6 +128,7 @@ class FrechetDuringTraining(StepCallback):
             The distance; NaN on all processes but the first.
         """
         if module.images_seen not in self.values:
+            self.ema = chosen(module, self.ema)
             module.guard.flush()
             with paused(module), torch.no_grad():
                 fake = self._generated(trainer, module)
@@ -148,7 +153,7 @@ class FrechetDuringTraining(StepCallback):
         )
         source = Source(
             seeds=describe_seeds(range(self.seed, self.seed + self.n)),
-            ema=self.ema,
+            ema=chosen(module, self.ema),
             sampler=str(self.generation.sampler),
             grid=f"{len(self.generation.grid) - 1} steps",
             labels=ALL_LABELS if self._labelled else UNKNOWN,

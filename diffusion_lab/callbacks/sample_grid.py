@@ -20,6 +20,7 @@ from diffusion_lab.callbacks.base import StepCallback, check_interval, due, paus
 from diffusion_lab.callbacks.pictures import scatter, tile
 from diffusion_lab.callbacks.preemption import was_preempted
 from diffusion_lab.callbacks.sampling import (
+    chosen,
     conditions,
     evaluating,
     gather,
@@ -44,7 +45,8 @@ class SampleGrid(StepCallback):
         every_images: Interval.
         num_per_class: Samples of each class (rows of the grid).
         trajectories: Samples whose way from the noise is shown; 0 shows none.
-        ema: Which average to sample; "raw" for the live weights.
+        ema: Which average to sample; "raw" for the live weights; None for the first average, or for these where there
+            is none.
         dirpath: Folder for the PNG files.
         seed: Seed of the first sample.
         moments: Predictions shown on a trajectory, the last one included.
@@ -60,7 +62,7 @@ class SampleGrid(StepCallback):
         every_images: int,
         num_per_class: int = 4,
         trajectories: int = 4,
-        ema: str = "ema",
+        ema: str | None = None,
         dirpath: str,
         seed: int = 0,
         moments: int = 8,
@@ -77,6 +79,11 @@ class SampleGrid(StepCallback):
         self.ema, self.seed, self.moments = ema, seed, moments
         self.dirpath = Path(dirpath)
         self._drawn_at = -1
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse an average that is not there now, not at the first picture."""
+        if isinstance(pl_module, DiffusionModule):
+            chosen(pl_module, self.ema)
 
     def on_step(self, trainer: pl.Trainer, module: DiffusionModule) -> None:
         """Draw if due."""

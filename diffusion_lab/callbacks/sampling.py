@@ -19,16 +19,23 @@ from diffusion_lab.sharded import unsharded
 from diffusion_lab.typing import Cond, DenoiserFn
 
 
-def pick(module: DiffusionModule, ema: str) -> DenoiserFn:
-    """Return the denoiser called `ema` ("raw" for the live one).
+def chosen(module: DiffusionModule, ema: str | None) -> str:
+    """Return the name of the weights that `ema` means: for None the first average, "raw" where there is none.
 
     Raises:
         RunError: If there is none of that name.
     """
     denoisers = module.denoisers()
+    if ema is None:
+        return next(iter(module.averages), "raw")
     if ema not in denoisers:
         raise RunError(f"no average is called {ema!r}; there are: {', '.join(denoisers)}")
-    return denoisers[ema]
+    return ema
+
+
+def pick(module: DiffusionModule, ema: str | None) -> DenoiserFn:
+    """Return the denoiser with the weights that `ema` means, see `chosen`."""
+    return module.denoisers()[chosen(module, ema)]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from tiny_training import BATCH, CLASSES, Data, Flat, assert_equal, everything, 
 
 from diffusion_lab.callbacks import FrechetDuringTraining, SampleGrid
 from diffusion_lab.callbacks.pictures import scatter, tile
-from diffusion_lab.callbacks.sampling import conditions
+from diffusion_lab.callbacks.sampling import chosen, conditions, pick
 from diffusion_lab.images import to_uint8
 from diffusion_lab.metrics.frechet import frechet_distance
 from diffusion_lab.modules import RunError
@@ -91,6 +91,24 @@ def test_an_unknown_average_is_one_clear_line(tmp_path):
     grid = SampleGrid(generation=generation(), every_images=BATCH, ema="best", dirpath=str(tmp_path / "s"))
     with pytest.raises(RunError, match="no average is called 'best'; there are: raw, ema, power"):
         fit(tmp_path, 5 * BATCH, extra=[grid])
+    frechet = FrechetDuringTraining(
+        generation=generation(), every_images=10**6, n=4, extractor=Flat(), ema="best"
+    )
+    module = make_module()
+    with pytest.raises(RunError, match="no average is called 'best'"):
+        fit(tmp_path / "f", 5 * BATCH, extra=[frechet], module=module)
+    # before anything is trained
+    assert module.images_seen == 0
+
+
+@pytest.mark.parametrize("names", [(), ("power",), ("power", "ema")])
+def test_without_a_name_it_is_the_first_average_or_the_live_weights(names):
+    module = make_module()
+    others = [make_module(seed=seed).denoiser for seed in range(1, 3)]
+    module.averages.update(zip(names, others, strict=False))
+    assert chosen(module, None) == (names[0] if names else "raw")
+    assert pick(module, None) is (others[0] if names else module.denoiser)
+    assert pick(module, "raw") is module.denoiser
 
 
 def test_pictures_hold_the_pixels():
