@@ -303,7 +303,7 @@ def summary(
             "contender": name,
             "parameters, M": last[0]["parameters"] / 1e6,
             "images a CPU-second": statistics.mean(one["images"] / one["seconds"] for one in last),
-            "images": round(statistics.mean(one["images"] for one in last)),
+            "images": [one["images"] for one in last],
             f"FD@{N}": means[key],
             "seeds": [one["final"][key] for one in found],
             "sampler": f"{key}, {SAMPLERS[key][1]} NFE",
