@@ -1,11 +1,11 @@
 """What each part of the recipe of `quality.py` brings: the recipe with one part changed, for a short budget each.
 
-    python benchmarks/quality_parts.py [--seconds 150] [--seeds 1] [--runs runs/quality_parts] [--only NAME ...]
+    python benchmarks/quality_parts.py [--seconds 150] [--seeds 0] [--runs runs/quality_parts] [--only NAME ...]
 
 Every variant trains for the same processor time of one thread, an eighth of the comparison's, and is scored alike: the
 Fréchet distance of 1,000 samples in 50 steps of stochastic DDIM. A ratio is a variant's distance over the recipe's, so
 above 1 the part is worth having. With one seed, what differs by less than a tenth says nothing. A script that was
-stopped goes on. Results: benchmarks/results/quality_parts.json.
+stopped goes on; seeds and variants add up in benchmarks/results/quality_parts.json, also where their runs are gone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import diffusion_lab  # noqa: F401  (first: it cures torchvision)
 # isort: split
 
 import torch
-from common import ROOT, report
+from common import ROOT, added_to, commit, report
 from quality import MARKS, ON_CURVE, OURS, SAMPLERS, N, distance, draw, train_ours, trained
 
 RECIPE = "the recipe"
@@ -32,7 +33,7 @@ PARTS = {
     "learning rate 1e-3, not 2e-3": ("optimizer.lr=1e-3",),
     "learning rate 4e-3, not 2e-3": ("optimizer.lr=4e-3",),
     "constant learning rate, not falling": ("lr_schedule=constant", "~lr_schedule.final"),
-    "half-life average, not power": ("averages=ema", "callbacks.sample_grid.ema=ema"),
+    "half-life average, not power": ("averages=ema",),
     "weighting eps_mse, not sigmoid": ("weighting=eps_mse",),
     "weighting snr_plus_one, not sigmoid": ("weighting=snr_plus_one",),
     "16 channels on pixels, not 32 on patches of 2": (
@@ -56,43 +57,57 @@ def run(name: str, seed: int, runs: Path, seconds: float) -> None:
         denoiser, grid = trained(OURS, folder, MARKS[-1], words)
         sampler, steps = SAMPLERS[ON_CURVE]
         facts = json.loads((folder / f"{MARKS[-1]}.json").read_text())
+        facts["commit"] = commit()
         facts["fd"] = distance(draw(denoiser, grid(steps), sampler, N), runs)
         (folder / "score.json").write_text(json.dumps(facts))
     print(f"{name}, seed {seed}: done", flush=True)
 
 
-def summary(runs: Path, seeds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def by_seed(runs: Path, seconds: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """What is known here of each variant and seed."""
+    files = {(name, seed): place(runs, name, seed) / "score.json" for name in PARTS for seed in seeds}
+    return [
+        {"variant": name, "seed": seed, "budget": seconds, **json.loads(file.read_text())}
+        for (name, seed), file in files.items()
+        if file.is_file()
+    ]
+
+
+def summary(each: Sequence[dict[str, Any]], seconds: float) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows and ratios of what is known."""
-    rows, ratios = [], {}
+    rows, ratios, best = [], {}, {}
     for name in PARTS:
-        files = [place(runs, name, seed) / "score.json" for seed in range(seeds)]
-        found = [json.loads(file.read_text()) for file in files if file.is_file()]
+        found = [one for one in each if (one["variant"], one["budget"]) == (name, seconds)]
         if not found:
             continue
         means = {key: statistics.mean(one[key] for one in found) for key in ("fd", "images", "seconds")}
+        best[name] = means["fd"]
         row = {"variant": name, "parameters, M": found[0]["parameters"] / 1e6}
         row |= {"images a CPU-second": means["images"] / means["seconds"], f"FD@{N}": means["fd"]}
         rows.append(row | {"seeds": len(found)})
-        if name != RECIPE:
-            ratios[name] = means["fd"] / rows[0][f"FD@{N}"]
+        if name != RECIPE and RECIPE in best:
+            ratios[name] = means["fd"] / best[RECIPE]
     return rows, ratios
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Train and score what is asked for, and report on all that is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=150.0)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality_parts")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    options = parser.parse_args()
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    options = parser.parse_args(words)
     torch.set_num_threads(1)
     runs = options.runs.resolve() / f"{options.seconds:g}s"
     runs.mkdir(parents=True, exist_ok=True)
-    for seed in range(options.seeds):
-        for name in dict.fromkeys([RECIPE, *options.only]):
+    for seed in options.seeds:
+        for name in options.only:
             run(name, seed, runs, options.seconds)
-    report("quality_parts", *summary(runs, options.seeds))
+    each = added_to(
+        "quality_parts", by_seed(runs, options.seconds, options.seeds), ("variant", "seed", "budget")
+    )
+    report("quality_parts", *summary(each, options.seconds), {"by_seed": each})
 
 
 if __name__ == "__main__":
