@@ -1,6 +1,6 @@
 """What memory layout, precision, compilation and the fused optimizer do to the speed of the recipe of `quality.py`.
 
-    python benchmarks/quality_speed.py [--steps 40] [--rounds 5] [--only NAME ...]
+    python benchmarks/quality_speed.py [--steps 30] [--rounds 3] [--only NAME ...]
 
 Every variant is the recipe's own run with one thing changed, as `train.py` would train it, on one thread. Rounds
 alternate in one process; a round is timed after its first steps, in which a compiled network is compiled. A ratio is
@@ -47,14 +47,16 @@ def seconds_of(name: str, steps: int) -> float:
         timer = Timer(steps, WARMUP)
         parts.trainer.callbacks.append(timer.callback())
         parts.trainer.fit(parts.module, datamodule=parts.data)
+    if not timer.seconds:
+        raise SystemExit(f"{name}: the run ended before its steps were done")
     return timer.seconds
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Time all and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     options = parser.parse_args(words)
     torch.set_num_threads(1)

@@ -2,7 +2,8 @@
 
 Both train the quickstart's network by the quickstart's loss on the quickstart's batches. The run has everything that a
 run has: averages, gradient clipping and the finite check, logs, throughput, loss by noise level, progress, preemption.
-The bare loop has what the method needs: batches, the loss, clipping, AdamW, one average. Rounds alternate in one process.
+The bare loop has what the method needs: batches, the loss, clipping, AdamW, one average. Rounds alternate in one
+process.
 
     python benchmarks/train_step.py [--steps 60] [--rounds 7]
 """
