@@ -107,6 +107,7 @@ def test_sample_and_evaluate_give_the_same_distance(trained, sweep):
     assert scored.path.name.endswith("-evaluate.html") and "scoring the samples in" in scored.out
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_listed_and_alone_makes_no_page(trained, sweep):
     page = sweep("sample", f"run={trained}", "labels=7,11", code=1)
     assert "there are the classes 0 to 9, and no 11" in page.text and "labels 11" in page.text
@@ -116,6 +117,7 @@ def test_a_failed_job_is_listed_and_alone_makes_no_page(trained, sweep):
     assert set((trained / "comparisons").iterdir()) == before
 
 
+@pytest.mark.slow
 def test_what_cannot_be_scored_is_a_dash_with_a_reason(trained, sweep, tmp_path):
     page = sweep("sample", f"run={trained}", "sampler=ddim", f"num_samples=1,{N}")
     assert "not scored: these samples cannot be scored: a distance needs at least two images" in page.text
@@ -141,6 +143,7 @@ def test_several_runs_share_a_page_among_the_runs(trained, sweep, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_points_of_the_plane(sweep, tmp_path):
     words = [
         "experiment=toy/quickstart", "model.width=8", "model.depth=1", "batch_size=32", "max_images=640",

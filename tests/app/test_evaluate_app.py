@@ -96,6 +96,7 @@ def test_an_npz_with_pickles_is_refused(trained, tmp_path, capsys):
     assert "allow_pickle" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_score_of_some_classes_only_says_so(trained, tmp_path, capsys):
     evaluate(trained, "num_samples=40", "labels=[3,5]", f"out={tmp_path}/some")
     assert "labels [3, 5] instead of all" in capsys.readouterr().out

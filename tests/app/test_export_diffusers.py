@@ -81,7 +81,7 @@ def assert_same_network(ours, unet, abar, labels, told, channels=3, sign=1.0):
     "changed",
     [
         {},
-        {"attention": [4, 2], "head_channels": 32},
+        pytest.param({"attention": [4, 2], "head_channels": 32}, marks=pytest.mark.slow),
         {"middle_attention": False, "attention": [], "multipliers": [1, 2, 1], "blocks": [2, 2, 2]},
     ],
 )

@@ -86,6 +86,7 @@ def test_it_guides_samples(runs, tmp_path):
     assert (sample(tmp_path / "both", denoiser, *both) == cfg).all()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_one_line(runs, tmp_path, capsys):
     denoiser, classifier = runs
     cases = [
@@ -112,6 +113,7 @@ def test_what_does_not_fit_is_one_line(runs, tmp_path, capsys):
         assert f"this run has no denoiser; it trained a classifier: {hint}" in error
 
 
+@pytest.mark.slow
 def test_another_process_is_refused(runs, tmp_path, capsys):
     flow = tiny_runs.train(tmp_path, "interpolant=rectified_flow", max_images=64).resolve()
     sample(tmp_path / "s", flow, "guidance=classifier", f"guidance.classifier.run={runs[1]}", code=2)

@@ -182,6 +182,7 @@ def test_a_damaged_snapshot_is_passed_over_and_told(run, tmp_path, capsys):
     assert 0 < apart(made, read_weights(run, "posthoc_0.075").tensors) < 1e-3
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_clear_line(run, tmp_path, capsys):
     said = {
         "posthoc_0.5": "ema=posthoc_0.5: the relative width must be in (0, 0.28]",

@@ -64,6 +64,7 @@ def test_autoguidance_from_the_command_line_is_autoguidance(runs, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_scale_one_is_no_guidance_and_null_is_the_run_itself(runs, tmp_path, capsys):
     good, weak, _ = runs
     plain = sample(tmp_path / "plain", good)
