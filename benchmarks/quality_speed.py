@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +22,7 @@ import diffusion_lab  # noqa: F401  (first: it cures torchvision)
 import torch
 from common import median_ratio, report
 from quality import configured
-from train_step import Timer
-
-from diffusion_lab.app.build import build
+from train_step import lightning_round
 
 RECIPE = "the recipe"
 VARIANTS = {
@@ -41,15 +38,9 @@ FOREVER = 1_000_000_000
 
 def seconds_of(name: str, steps: int) -> float:
     """Seconds of so many steps of a variant."""
-    with tempfile.TemporaryDirectory() as folder:
-        # the picture at the end of the run is none of its steps
-        parts = build(configured(Path(folder), 0, FOREVER, ("~callbacks.sample_grid", *VARIANTS[name])))
-        timer = Timer(steps, WARMUP)
-        parts.trainer.callbacks.append(timer.callback())
-        parts.trainer.fit(parts.module, datamodule=parts.data)
-    if not timer.seconds:
-        raise SystemExit(f"{name}: the run ended before its steps were done")
-    return timer.seconds
+    # the picture at the end of the run is none of its steps
+    words = ("~callbacks.sample_grid", *VARIANTS[name])
+    return lightning_round(lambda folder: configured(folder, 0, FOREVER, words), steps, WARMUP)
 
 
 def main(words: Sequence[str] | None = None) -> None:

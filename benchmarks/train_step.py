@@ -14,6 +14,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,14 +69,16 @@ class Timer:
         return Stop()
 
 
-def lightning_round(steps: int, warmup: int) -> float:
-    """Return the seconds of `steps` steps of the run."""
+def lightning_round(configure: Callable[[Path], dict], steps: int, warmup: int) -> float:
+    """Return the seconds of `steps` steps of the run that `configure` composes for a folder."""
     with tempfile.TemporaryDirectory() as folder:
-        parts = build(configured(Path(folder)))
+        parts = build(configure(Path(folder)))
         timer = Timer(steps, warmup)
         parts.trainer.callbacks.append(timer.callback())
         parts.trainer.fit(parts.module, datamodule=parts.data)
-        return timer.seconds
+    if not timer.seconds:
+        raise SystemExit("the run ended before its steps were done")
+    return timer.seconds
 
 
 def bare_round(steps: int, warmup: int) -> float:
@@ -110,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     bare, run = [], []
     for round_ in range(options.rounds + 1):
-        pair = bare_round(options.steps, 5), lightning_round(options.steps, 5)
+        pair = bare_round(options.steps, 5), lightning_round(configured, options.steps, 5)
         if round_:  # the first pair warms the machine
             bare.append(pair[0])
             run.append(pair[1])

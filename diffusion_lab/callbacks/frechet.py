@@ -128,7 +128,6 @@ class FrechetDuringTraining(StepCallback):
             The distance; NaN on all processes but the first.
         """
         if module.images_seen not in self.values:
-            self.ema = chosen(module, self.ema)
             module.guard.flush()
             with paused(module), torch.no_grad():
                 fake = self._generated(trainer, module)

@@ -33,3 +33,55 @@ def random_inception(tmp_path_factory):
     path = tmp_path_factory.mktemp("inception") / "random.pth"
     torch.save(network.state_dict(), path)
     return path
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+@pytest.fixture
+def torch_fidelity_of():
+    """What torch-fidelity makes of two sets of images under a feature network of ours."""
+    import torch_fidelity
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    def metrics(network, samples, real, **wanted):
+        class Theirs(FeatureExtractorBase):
+            def __init__(self, name, features_list, feature_extractor_weights_path=None, **settings):
+                super().__init__(name, features_list)
+                self.network = network
+
+            def forward(self, images):
+                return (self.network(images),)
+
+            @staticmethod
+            def get_provided_features_list():
+                return ("ours",)
+
+            @staticmethod
+            def get_default_feature_layer_for_metric(metric):
+                return "ours"
+
+            @staticmethod
+            def can_be_compiled():
+                return False
+
+            @staticmethod
+            def get_dummy_input_for_compile():
+                return torch.zeros(1, *samples.shape[1:], dtype=torch.uint8)
+
+        name = f"diffusion-lab-{type(network).__name__}"
+        torch_fidelity.register_feature_extractor(name, Theirs)
+        return torch_fidelity.calculate_metrics(
+            input1=Images(samples), input2=Images(real), feature_extractor=name, cuda=False, cache=False,
+            save_cpu_ram=True, verbose=False, **wanted,
+        )  # fmt: skip
+
+    return metrics

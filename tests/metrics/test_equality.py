@@ -44,52 +44,11 @@ class Ten(nn.Module):
         return dict.fromkeys(outputs, self(images))
 
 
-class Images(torch.utils.data.Dataset):
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index]
-
-
-def test_custom_features_give_the_metrics_of_torch_fidelity():
-    import torch_fidelity
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-
-    class Theirs(FeatureExtractorBase):
-        def __init__(self, name, features_list, feature_extractor_weights_path=None, **settings):
-            super().__init__(name, features_list)
-            self.ten = Ten()
-
-        def forward(self, images):
-            return (self.ten(images),)
-
-        @staticmethod
-        def get_provided_features_list():
-            return ("ten",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return "ten"
-
-        @staticmethod
-        def can_be_compiled():
-            return False
-
-        @staticmethod
-        def get_dummy_input_for_compile():
-            return torch.zeros(1, 3, 24, 24, dtype=torch.uint8)
-
+def test_custom_features_give_the_metrics_of_torch_fidelity(torch_fidelity_of):
     samples, real = pictures(0, 230), pictures(1, 200, bright=0.8)
-    torch_fidelity.register_feature_extractor("diffusion-lab-ten", Theirs)
-    theirs = torch_fidelity.calculate_metrics(
-        input1=Images(samples), input2=Images(real), feature_extractor="diffusion-lab-ten", cuda=False, cache=False,
-        save_cpu_ram=True, verbose=False, fid=True, isc=True, kid=True, prc=True,
-        kid_subsets=10, kid_subset_size=100,
-    )  # fmt: skip
+    theirs = torch_fidelity_of(
+        Ten(), samples, real, fid=True, isc=True, kid=True, prc=True, kid_subsets=10, kid_subset_size=100
+    )
     measures = (Frechet(), InceptionScore(), Kernel(subsets=10, size=100), PRDC())
     ours = {
         record.metric: record

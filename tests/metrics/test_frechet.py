@@ -254,54 +254,7 @@ def test_the_value_of_torchmetrics():
     assert ours(a, b) == pytest.approx(metric.compute().item(), rel=1e-4)
 
 
-def test_the_value_of_torch_fidelity():
-    import torch_fidelity
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-
-    class Tiny(FeatureExtractorBase):
-        def __init__(self, name, features_list, feature_extractor_weights_path=None, **settings):
-            super().__init__(name, features_list)
-            self.tiny = TinyFeatures()
-
-        def forward(self, images):
-            return (self.tiny(images),)
-
-        @staticmethod
-        def get_provided_features_list():
-            return ("ten",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return "ten"
-
-        @staticmethod
-        def can_be_compiled():
-            return False
-
-        @staticmethod
-        def get_dummy_input_for_compile():
-            return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-
-    class Images(torch.utils.data.Dataset):
-        def __init__(self, images):
-            self.images = images
-
-        def __len__(self):
-            return len(self.images)
-
-        def __getitem__(self, index):
-            return self.images[index]
-
+def test_the_value_of_torch_fidelity(torch_fidelity_of):
     a, b = image_sets()
-    torch_fidelity.register_feature_extractor("diffusion-lab-tiny", Tiny)
-    theirs = torch_fidelity.calculate_metrics(
-        input1=Images(a),
-        input2=Images(b),
-        feature_extractor="diffusion-lab-tiny",
-        fid=True,
-        cuda=False,
-        cache=False,
-        save_cpu_ram=True,
-        verbose=False,
-    )
+    theirs = torch_fidelity_of(TinyFeatures(), a, b, fid=True)
     assert ours(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
