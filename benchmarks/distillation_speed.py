@@ -54,7 +54,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusion_lab.app.build import Parts, build, plain
+from diffusion_lab.app.assemble import Parts, assemble
+from diffusion_lab.app.build import plain
 from diffusion_lab.app.teacher import complete, plan
 from diffusion_lab.rng import StepRNG
 
@@ -132,7 +133,7 @@ def scatter(networks: Iterable[nn.Module], std: float) -> None:
 def exported(folder: Path) -> Path:
     """Write an export of the quickstart's network at random, and return its folder."""
     config = plain(composed("experiment=digits/quickstart", "name=benchmark", f"paths.run={folder}"))
-    module = build(config).module
+    module = assemble(config).module
     scatter([module.denoiser], std=0.02)
     kept = {key: value for key, value in config.items() if key not in ("launcher", "sweep")}
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(kept)))
@@ -224,7 +225,7 @@ def timed(name: str, teacher: Path, steps: int, rounds: int) -> Rounds:
     method = METHODS[name]
     with tempfile.TemporaryDirectory() as folder:
         config = configured(method, teacher, Path(folder))
-        parts: Parts = build(config)
+        parts: Parts = assemble(config)
         batches = iter(parts.data.loader(start=0))
         loop = method.loop(networks(parts.module), settings(config, method), batches)
         timer = Rounds(loop, steps, rounds)
@@ -272,7 +273,7 @@ def checked(name: str, teacher: Path) -> tuple[float, float]:
     method = METHODS[name]
     with tempfile.TemporaryDirectory() as folder:
         config = configured(method, teacher, Path(folder))
-        parts = build(config)
+        parts = assemble(config)
     loop = method.loop(networks(parts.module), settings(config, method))
     scatter([*networks(parts.module).values(), parts.module.loss], std=0.02)
     batch = next(iter(parts.data.loader(start=0)))

@@ -44,7 +44,8 @@ from PIL import Image
 from quality_peers import PEERS, Discrete, Settings
 from torch import Tensor, nn
 
-from diffusion_lab.app.build import build, plain
+from diffusion_lab.app.assemble import assemble
+from diffusion_lab.app.build import plain
 from diffusion_lab.data.mnist import MNIST
 from diffusion_lab.data.order import order
 from diffusion_lab.guidance import unguided
@@ -123,7 +124,7 @@ def train_ours(seed: int, folder: Path, budget: float, words: Sequence[str] = ()
     """Train our recipe, with `words` on top, as long as the budget lasts by the speed of a probe."""
 
     def fit(max_images: int, seconds: float, marks: Sequence[float], keep: Any) -> Any:
-        parts = build(configured(folder / "run", seed, max_images, words))
+        parts = assemble(configured(folder / "run", seed, max_images, words))
         watch = watcher(seconds, marks, keep)
         parts.trainer.callbacks.append(watch)
         parts.trainer.fit(parts.module, datamodule=parts.data)
@@ -186,7 +187,7 @@ def trained(
     """Return the denoiser of a mark and its grid of so many steps; ours with the words it was trained by."""
     state = torch.load(folder / f"{mark}.pt", weights_only=True)
     if name == OURS:
-        denoiser = build(configured(folder / "scored", 0, 1_000_000, words)).module.denoiser
+        denoiser = assemble(configured(folder / "scored", 0, 1_000_000, words)).module.denoiser
         denoiser.network.load_state_dict(state)
         return denoiser.eval(), lambda steps: uniform_u(Cosine(), steps)
     peer = PEERS[name.split(", ")[0]](WIDTHS[name.split(", ")[0]], SHAPE, None)

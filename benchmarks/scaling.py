@@ -109,7 +109,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Train a few steps in this process, one of several perhaps; return seconds of each round and what is held."""
     import lightning.pytorch as pl
 
-    from diffusion_lab.app import build
+    from diffusion_lab.app import assemble
     from diffusion_lab.callbacks.base import synchronize
     from diffusion_lab.callbacks.throughput import flop_per_example
     from diffusion_lab.sharded import local_bytes
@@ -150,8 +150,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         config = configured(Path(folder), case)
         if case["device"] == "cuda":
             # the shape is the model's, not that of the data set named in the config
-            build._compare_shapes = lambda config, data: None  # type: ignore[assignment]
-        parts = build.build(config)
+            assemble._compare_shapes = lambda config, data: None  # type: ignore[assignment]
+        parts = assemble.assemble(config)
         # last but for the checkpoints
         parts.trainer.callbacks.append(Watch())
         data = noise(case["batch"], case.get("accumulate", 1)) if case["device"] == "cuda" else parts.data

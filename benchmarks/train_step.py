@@ -21,7 +21,8 @@ import torch
 from common import ROOT, median_ratio, report
 from hydra import compose, initialize_config_dir
 
-from diffusion_lab.app.build import build, plain
+from diffusion_lab.app.assemble import assemble
+from diffusion_lab.app.build import plain
 from diffusion_lab.ema import EMA, ConstantDecay
 from diffusion_lab.images import to_float
 from diffusion_lab.rng import StepRNG
@@ -72,7 +73,7 @@ class Timer:
 def lightning_round(configure: Callable[[Path], dict], steps: int, warmup: int) -> float:
     """Return the seconds of `steps` steps of the run that `configure` composes for a folder."""
     with tempfile.TemporaryDirectory() as folder:
-        parts = build(configure(Path(folder)))
+        parts = assemble(configure(Path(folder)))
         timer = Timer(steps, warmup)
         parts.trainer.callbacks.append(timer.callback())
         parts.trainer.fit(parts.module, datamodule=parts.data)
@@ -84,7 +85,7 @@ def lightning_round(configure: Callable[[Path], dict], steps: int, warmup: int) 
 def bare_round(steps: int, warmup: int) -> float:
     """Return the seconds of `steps` steps of the loop that one would write by hand."""
     with tempfile.TemporaryDirectory() as folder:
-        parts = build(configured(Path(folder)))
+        parts = assemble(configured(Path(folder)))
     denoiser, loss, total = parts.module.denoiser, parts.module.loss, parts.module.global_batch_size
     parameters = list(denoiser.parameters())
     optimizer = parts.module.optimizer_factory(parameters)

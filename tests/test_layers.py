@@ -92,6 +92,29 @@ def test_imports_point_one_way():
     assert not wrong, wrong
 
 
+def test_no_file_needs_one_that_needs_it():
+    """Those inside functions and for types alone count too; what a file does when it is run as a program does not."""
+    needs = {}
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        tree.body = [
+            node
+            for node in tree.body
+            if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))
+        ]
+        needs[path] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusion_lab"):
+                for name in [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]:
+                    file = PACKAGE.parent.joinpath(*name.split(".")).with_suffix(".py")
+                    # the faces of packages are left out: who imports a name there means the file behind it
+                    needs[path] |= {file} if file.is_file() and file != path else set()
+    while free := {path for path, files in needs.items() if not files & needs.keys()}:
+        needs = {path: files for path, files in needs.items() if path not in free}
+    rest = {path for files in needs.values() for path in files & needs.keys()}
+    assert not rest, sorted(str(path.relative_to(PACKAGE)) for path in rest)
+
+
 def test_importing_the_package_is_light():
     script = "import sys, diffusion_lab; print([m for m in ('torch', 'torchvision', 'lightning') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

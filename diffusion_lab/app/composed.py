@@ -10,7 +10,7 @@ from diffusion_lab.app.choices import top_key
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from diffusion_lab.app.cli import Session
+    from diffusion_lab.app.session import Session
 
 # groups that say how a sweep is run
 SWEEPING = ("launcher", "sweep")

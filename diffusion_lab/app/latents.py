@@ -168,7 +168,7 @@ def dataset_node(overrides: Sequence[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from diffusion_lab.app.cli import conf_folder
+    from diffusion_lab.app.session import conf_folder
 
     words = [word for word in overrides if not word.startswith("-")]
     own = [word.removeprefix("--config-dir=") for word in overrides if word.startswith("--config-dir=")]
@@ -202,8 +202,8 @@ def _told(work: Callable[[], Any], words: Sequence[str]) -> Any:
     """Do something with a config; what Hydra has to say about it becomes one line."""
     from omegaconf.errors import MissingMandatoryValue
 
-    from diffusion_lab.app.cli import conf_folder
     from diffusion_lab.app.messages import check_options, translate
+    from diffusion_lab.app.session import conf_folder
 
     check_options([word for word in words if not word.startswith("-")], [conf_folder()])
     try:

@@ -93,7 +93,7 @@ def _lines(folder: RunFolder) -> Iterator[str]:
 
 
 def _files(export: Path) -> list[tuple[Path, dict[str, str]]]:
-    from diffusion_lab.app.export import metadata
+    from diffusion_lab.app.weights import metadata
 
     return [(path, metadata(path)) for path in sorted(export.glob("*.safetensors"))]
 

@@ -97,7 +97,7 @@ def _picture(out: Path) -> Path:
 
 def config_folders(cfg: DictConfig) -> list[Path]:
     """Return the folders that the options of a config come from: ours, and that of --config-dir."""
-    from diffusion_lab.app.cli import conf_folder
+    from diffusion_lab.app.session import conf_folder
 
     mark = "--config-dir="
     own = [str(item).removeprefix(mark) for item in cfg.get("overrides") or [] if str(item).startswith(mark)]

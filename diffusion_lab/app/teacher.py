@@ -146,7 +146,7 @@ def plan(cfg: DictConfig) -> None:
     node: Any = method.get("teacher") if OmegaConf.is_dict(method) else None
     if not OmegaConf.is_dict(node) or not isinstance(node.get("run"), str) or node.get("sha256"):
         return
-    from diffusion_lab.app.export import read_weights
+    from diffusion_lab.app.weights import read_weights
 
     place = Path(node.run).resolve()
     try:

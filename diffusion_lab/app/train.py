@@ -22,7 +22,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from diffusion_lab.app import launch, record, resume
-from diffusion_lab.app.build import build, plain
+from diffusion_lab.app.assemble import assemble
+from diffusion_lab.app.build import plain
 from diffusion_lab.app.display import show, summary
 from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.run import RunFolder, claimed, discard, identity, point_latest
@@ -225,7 +226,7 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
     parts, pressed, ready = None, list[int](), False
     began = time.perf_counter()
     try:
-        parts = build(config)
+        parts = assemble(config)
         ready = True
         if first:
             for logger in parts.loggers:

@@ -362,7 +362,10 @@ def test_the_configs_are_found_in_an_installed_package(tmp_path):
         ignore=shutil.ignore_patterns("weights", "__pycache__"),
     )
     shutil.copytree(ROOT / "conf", tmp_path / "diffusion_lab" / "conf")
-    code = "from diffusion_lab.app.cli import conf_folder, main; print(conf_folder()); main('train', ['--cfg', 'job'])"
+    code = (
+        "from diffusion_lab.app.cli import main; from diffusion_lab.app.session import conf_folder; "
+        "print(conf_folder()); main('train', ['--cfg', 'job'])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
     )

@@ -9,19 +9,20 @@ import pytest
 from diffusion_lab.app import cli
 from diffusion_lab.app.choices import read_run
 from diffusion_lab.app.help import options
+from diffusion_lab.app.session import conf_folder
 
 
 def taught(experiment):
     """Whether an experiment distils: its method asks for a teacher."""
-    text = (cli.conf_folder() / "experiment" / f"{experiment}.yaml").read_text()
+    text = (conf_folder() / "experiment" / f"{experiment}.yaml").read_text()
     method = re.search(r"override /method: (\w+)", text)
-    return method and "teacher:" in (cli.conf_folder() / "method" / f"{method[1]}.yaml").read_text()
+    return method and "teacher:" in (conf_folder() / "method" / f"{method[1]}.yaml").read_text()
 
 
 # those at a paper's own scale are composed and built in test_conf.py
 EXPERIMENTS = [
     name
-    for name in options([cli.conf_folder()])["experiment"]
+    for name in options([conf_folder()])["experiment"]
     if name.partition("/")[0] in ("digits", "mnist", "toy") or name.endswith("/digits")
 ]
 

@@ -3,7 +3,7 @@
 import pytest
 import tiny_runs
 
-from diffusion_lab.app.cli import conf_folder
+from diffusion_lab.app.session import conf_folder
 
 STUB = '''
 from diffusion_lab.guidance import unguided

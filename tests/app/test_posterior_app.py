@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffusion_lab.app import inputs, parts, posterior
-from diffusion_lab.app.cli import conf_folder
+from diffusion_lab.app.session import conf_folder
 from diffusion_lab.data import Digits
 from diffusion_lab.images import to_float
 from diffusion_lab.measurements import Inpaint, measure

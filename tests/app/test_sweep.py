@@ -18,9 +18,10 @@ from diffusion_lab.app import cli, record, resume
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.report.sweep import Axis, write_up
 from diffusion_lab.app.run import identity
+from diffusion_lab.app.session import Session, conf_folder
 from diffusion_lab.app.sweep import settings as sweep_settings
 from diffusion_lab.app.sweep.check import COLUMNS, check, varied
-from diffusion_lab.app.sweep.job import Context, claims_of
+from diffusion_lab.app.sweep.context import Context, claims_of
 from diffusion_lab.app.sweep.journal import (
     Entry,
     Job,
@@ -220,7 +221,7 @@ def test_a_search_goes_on_after_a_failed_job(app, capsys):
     ],
 )
 def test_objectives_that_may_be_measured_are_not_refused(words):
-    session = cli.Session("train", [cli.conf_folder()], overrides=["seed=1,2", *words])
+    session = Session("train", [conf_folder()], overrides=["seed=1,2", *words])
     cfg = look_ahead(session)
     check(session, cfg, _settings(cfg)[1], varied(session, cfg))
 
@@ -525,7 +526,7 @@ def test_the_slurm_launcher_reads_our_knobs():
     from hydra import compose, initialize_config_dir
 
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    with initialize_config_dir(str(cli.conf_folder()), version_base="1.3"):
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         words = [
             "launcher=submitit",
             "launcher.partition=gpu",
@@ -565,7 +566,7 @@ def test_the_wandb_sweep_file_is_a_valid_command():
         f"{key}={item['value'] if 'value' in item else item['values'][0] if 'values' in item else item['min']}"
         for key, item in told["parameters"].items()
     ]
-    with initialize_config_dir(str(cli.conf_folder()), version_base="1.3"):
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("train", overrides=[*fixed, *first])
     assert "WandB" in cfg.logger.wandb._target_
     cfg.name = "x"

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from shard_files import write
 
-from diffusion_lab.app.cli import conf_folder
+from diffusion_lab.app.session import conf_folder
 from diffusion_lab.data import FFHQ, CelebA, DataError, ImageFolder
 from diffusion_lab.data.pictures import Preparation, read_pictures
 

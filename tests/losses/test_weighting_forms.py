@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from diffusion_lab.app.cli import conf_folder
+from diffusion_lab.app.session import conf_folder
 from diffusion_lab.denoisers import X0, Eps, NetworkDenoiser, V, Velocity
 from diffusion_lab.losses import (
     ELBO,

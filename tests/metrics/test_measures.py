@@ -355,7 +355,7 @@ def test_the_files_of_the_group_build_every_measure_with_its_defaults():
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
-    from diffusion_lab.app.cli import conf_folder
+    from diffusion_lab.app.session import conf_folder
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         full, default = (compose(f"measures/{name}").measures for name in ("full", "default"))

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 
 from diffusion_lab.app import run
 from diffusion_lab.app.build import plain
-from diffusion_lab.app.cli import conf_folder
+from diffusion_lab.app.session import conf_folder
 
 COMPILED = "method.compile_network=true"
 

@@ -9,10 +9,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from tiny_training import BATCH, CLASSES, assert_equal, everything, fit, make_module
 
-from diffusion_lab.app.build import build as build_run
+from diffusion_lab.app.assemble import assemble
 from diffusion_lab.app.build import plain
-from diffusion_lab.app.cli import conf_folder
 from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.session import conf_folder
 from diffusion_lab.callbacks import GradientNorm
 from diffusion_lab.callbacks.base import StepCallback
 from diffusion_lab.denoisers.network import NetworkDenoiser
@@ -162,14 +162,14 @@ def test_other_precisions_lower_the_coefficients_too_and_are_refused(tmp_path):
         cfg = config(f"trainer.precision={precision}", "trainer=cpu", f"paths.run={tmp_path}", "name=x")
         cfg.trainer.precision = precision
         with pytest.raises(UserError, match=f"^trainer.precision={precision}: .*choose one of 32-true"):
-            build_run(plain(cfg))
+            assemble(plain(cfg))
 
 
 def test_float16_is_float16_on_a_cpu_too(tmp_path):
     # Lightning takes bfloat16 there, without a word
     cfg = config("trainer=cpu", "trainer.precision=16-mixed", f"paths.run={tmp_path}", "name=x")
     cfg.logger = {}
-    trainer = build_run(plain(cfg)).trainer
+    trainer = assemble(plain(cfg)).trainer
     assert trainer.precision == "16-mixed" and trainer.precision_plugin.scaler is not None
     with trainer.precision_plugin.forward_context():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float16

@@ -11,7 +11,7 @@ from diffusion_lab.app.sweep.settings import Search
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from diffusion_lab.app.cli import Session
+    from diffusion_lab.app.session import Session
 
 # what our callbacks write into metrics.csv; a class that is not here may write anything
 COLUMNS = {

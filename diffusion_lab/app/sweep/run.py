@@ -23,14 +23,14 @@ from unittest.mock import patch
 
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.sweep.check import check, varied
-from diffusion_lab.app.sweep.job import Context
+from diffusion_lab.app.sweep.context import Context
 from diffusion_lab.app.sweep.journal import CLAIMS, SWEEPS, Journal, find_sweep, new_sweep, sweep_key
 from diffusion_lab.claims import claim, owner
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from diffusion_lab.app.cli import Session
+    from diffusion_lab.app.session import Session
 
 PARENT = ".parent.lock"
 

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from diffusion_lab.app.display import clock
-from diffusion_lab.app.sweep.job import Context, claimed, claims_of, holder, name_of
+from diffusion_lab.app.sweep.context import Context, claimed, claims_of, holder
+from diffusion_lab.app.sweep.job import name_of
 from diffusion_lab.app.sweep.journal import Entry, Job, short
 
 # metrics that stand in the table, in this order, after the Fréchet distances
