@@ -28,6 +28,7 @@ from diffusion_lab.app.display import show, summary
 from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.run import RunFolder, claimed, discard, identity, point_latest
 from diffusion_lab.files import write_atomically
+from diffusion_lab.modules.checkpoint_io import images_of
 
 
 def run(cfg: DictConfig) -> Path:
@@ -64,6 +65,7 @@ def run(cfg: DictConfig) -> Path:
                 "trainer.num_nodes: several machines are started by torchrun or srun, see docs/runs.md"
             )
         if world > 1:
+            _tell_run(start.folder, start.checkpoint)
             _in_ranks(start, world, config["name"])
         else:
             fit(start.folder, start.checkpoint)
@@ -102,9 +104,11 @@ def _open_record(start: resume.Start, config: Mapping[str, Any]) -> None:
             _tell_defaults(config)
         if teacher:
             _tell_teacher(teacher)
-        print(f"run {start.folder.path}", flush=True)
-    else:
-        print(f"run {start.folder.path} goes on at {start.images_seen:,} images", flush=True)
+
+
+def _tell_run(folder: RunFolder, checkpoint: Path | None) -> None:
+    on = "" if checkpoint is None else f" goes on at {images_of(checkpoint) or 0:,} images"
+    print(f"run {folder.path}{on}", flush=True)
 
 
 def _in_ranks(start: resume.Start, world: int, name: str) -> None:
@@ -228,6 +232,9 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
     try:
         parts = assemble(config)
         ready = True
+        # said only now, for what could not be built leaves no folder; of ranks that we started, the parent has said it
+        if first and launch.OWN not in os.environ:
+            _tell_run(folder, checkpoint)
         if first:
             for logger in parts.loggers:
                 logger.log_hyperparams(config)
