@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from common import ROOT, report
 
-from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.config.choices import read_run
 from diffusion_lab.app.evaluate import read_samples
-from diffusion_lab.app.judging import Samples, Yardstick, score, yardstick
-from diffusion_lab.app.record import read
+from diffusion_lab.app.runs.record import read
+from diffusion_lab.app.scoring.judging import Samples, Yardstick, score, yardstick
 from diffusion_lab.data.image_sets import Held
 from diffusion_lab.metrics.protocol import Source
 

@@ -36,7 +36,7 @@ from models import RECIPES, trained
 from torch import Tensor
 
 from diffusion_lab.app.build import Loaded, data_module, load_denoiser
-from diffusion_lab.app.weights import averages_of
+from diffusion_lab.app.runs.weights import averages_of
 from diffusion_lab.guidance import ClassifierFree
 from diffusion_lab.images import to_float, to_uint8
 from diffusion_lab.losses.denoising import eps_error

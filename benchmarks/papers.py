@@ -26,8 +26,8 @@ import torch
 from common import ROOT, report
 from PIL import Image, ImageDraw
 
-from diffusion_lab.app.choices import read_run
-from diffusion_lab.app.record import read, training_seconds
+from diffusion_lab.app.config.choices import read_run
+from diffusion_lab.app.runs.record import read, training_seconds
 
 N = 500
 SHOWN = 20

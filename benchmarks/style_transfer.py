@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.app.build import Loaded, data_module, instantiate, load_denoiser
-from diffusion_lab.app.weights import kept_weights
+from diffusion_lab.app.runs.weights import kept_weights
 from diffusion_lab.callbacks.pictures import tile
 from diffusion_lab.guidance import Distilled
 from diffusion_lab.images import to_float, to_uint8

@@ -14,10 +14,10 @@ import lightning.pytorch as pl
 import torch
 
 from diffusion_lab.app.build import generation_of, instantiate, seeded
+from diffusion_lab.app.config.rules import check_precision
 from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.launch import OWN, outer_world, started_by_others
-from diffusion_lab.app.probe import blank_of
-from diffusion_lab.app.rules import check_precision
+from diffusion_lab.app.sampling.probe import blank_of
 from diffusion_lab.app.stored import find
 from diffusion_lab.app.teacher import with_teacher
 from diffusion_lab.callbacks import StopAtImages

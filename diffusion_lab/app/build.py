@@ -1,7 +1,7 @@
 """From a resolved config to objects, and from a run folder or an export back to a denoiser.
 
 Objects are built by Hydra's `instantiate` from plain containers, so nothing inside ever sees a config object. A
-config read from a folder has passed the allow-list (`choices.read_run`) before it comes here.
+config read from a folder has passed the allow-list (`config/choices.py`) before it comes here.
 
 A network's first weights come from torch's global generator, seeded for just that moment.
 """
@@ -21,9 +21,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.config.choices import read_run
 from diffusion_lab.app.errors import UserError, one_line
-from diffusion_lab.app.weights import read_weights
+from diffusion_lab.app.runs.weights import read_weights
 from diffusion_lab.denoisers import NetworkDenoiser
 from diffusion_lab.rng import derive_seed
 from diffusion_lab.samplers.generate import Generation

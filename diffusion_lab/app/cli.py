@@ -1,7 +1,8 @@
 """The three entry points: Hydra composes, we check, the app runs; every mistake of the user's is one line.
 
 Nothing here imports torch or lightning before a config has been composed and found valid, so help, tab completion and
-error messages come at once. Hydra runs with its own error report off; what it raises is translated (`messages.py`).
+error messages come at once. Hydra runs with its own error report off; what it raises is translated
+(`config/messages.py`).
 
 Exit codes: 0 done; 2 a mistake of the user's; 1 a defect, or at least one failed job of a sweep; 130 interrupted.
 Set DIFFUSION_LAB_TRACEBACK=1 to see the full trace of any error.
@@ -63,7 +64,7 @@ def main(app: str, argv: Sequence[str]) -> int:
     except UserError as error:
         return _report(error, str(error))
     if {"-h", "--help"} & set(argv):
-        from diffusion_lab.app.help import text
+        from diffusion_lab.app.config.help import text
 
         sys.stdout.write(text(app, _program(), session.folders))
         return 0
@@ -77,7 +78,7 @@ def main(app: str, argv: Sequence[str]) -> int:
             else:
                 _compose_and_run(session)
         if session.app != "train" and len(session.outcomes) > 1:
-            from diffusion_lab.app.compare import finish
+            from diffusion_lab.app.scoring.compare import finish
 
             finish(session)
     except KeyboardInterrupt:
@@ -123,8 +124,14 @@ def _config_dirs(argv: Sequence[str]) -> list[Path]:
 
 def _prepare(session: Session, argv: list[str]) -> list[str]:
     """Complete the command line and check what can be checked before Hydra reads it."""
-    from diffusion_lab.app.choices import complete, is_multirun, split_override
-    from diffusion_lab.app.messages import check_blanks, check_flags, check_options, check_resume, check_sweep
+    from diffusion_lab.app.config.choices import complete, is_multirun, split_override
+    from diffusion_lab.app.config.messages import (
+        check_blanks,
+        check_flags,
+        check_options,
+        check_resume,
+        check_sweep,
+    )
     from diffusion_lab.app.teacher import complete as complete_student
 
     session.multirun = is_multirun(argv)
@@ -177,7 +184,7 @@ def _job(session: Session, cfg: DictConfig) -> Any:
     """Run one job. A failure is kept for the end of a single run, and told at once in a sweep, which goes on."""
     from hydra.core.hydra_config import HydraConfig
 
-    from diffusion_lab.app.composed import job_overrides
+    from diffusion_lab.app.config.composed import job_overrides
 
     if session.sweep is not None:
         from diffusion_lab.app.sweep import job
@@ -213,7 +220,7 @@ def _title(session: Session, hydra_cfg: Any, given: Sequence[str]) -> str:
     """Return what a job of a sweep is called: its number, how many there are, and the values that vary."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from diffusion_lab.app.choices import plain_override
+    from diffusion_lab.app.config.choices import plain_override
 
     own = [f"{key}={value}" for key, value in (hydra_cfg.sweeper.get("params") or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*own, *session.overrides])
@@ -230,7 +237,7 @@ def _title(session: Session, hydra_cfg: Any, given: Sequence[str]) -> str:
 
 def run_config(session: Session, cfg: DictConfig) -> Any:
     """Check a composed config and hand it to the app, which is imported only now."""
-    from diffusion_lab.app.composed import check_config, complete_config
+    from diffusion_lab.app.config.composed import check_config, complete_config
 
     complete_config(session, cfg)
     check_config(session, cfg)

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from diffusion_lab.app import record
-from diffusion_lab.app.allowlist import TRUST, needs_trust
-from diffusion_lab.app.run import RunFolder
+from diffusion_lab.app.config.allowlist import TRUST, needs_trust
+from diffusion_lab.app.runs import record
+from diffusion_lab.app.runs.run import RunFolder
 from diffusion_lab.app.teacher import makes_images
 
 

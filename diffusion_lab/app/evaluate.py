@@ -5,8 +5,8 @@
     evaluate.py samples=<one set> reference=<another> metrics=<features>                       without a run
 
 The samples are made by the same code as those of `sample.py`; if the run holds just these already they are taken.
-Beside each number stands that of as many real images, see `judging.py`. A value never leaves here without the protocol
-it was measured under (see `metrics/protocol.py`). Written are metrics.json and, made from it, metrics.md.
+Beside each number stands that of as many real images, see `scoring/judging.py`. A value never leaves here without the
+protocol it was measured under (see `metrics/protocol.py`). Written are metrics.json and, made from it, metrics.md.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
-from diffusion_lab.app import record, scores
 from diffusion_lab.app.build import load_denoiser, plain
-from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.config.choices import read_run
 from diffusion_lab.app.display import show, shown
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.evaluate_checks import check_fit, check_paths, check_words
-from diffusion_lab.app.job import device_of, from_config
-from diffusion_lab.app.judging import Samples, Yardstick, score, yardstick
-from diffusion_lab.app.measuring import Place
-from diffusion_lab.app.places import workplace
-from diffusion_lab.app.run import RunFolder
+from diffusion_lab.app.runs import record
+from diffusion_lab.app.runs.places import workplace
+from diffusion_lab.app.runs.run import RunFolder
 from diffusion_lab.app.sample import default_out, draw, find_done
+from diffusion_lab.app.sampling.job import device_of, from_config
+from diffusion_lab.app.scoring import scores
+from diffusion_lab.app.scoring.evaluate_checks import check_fit, check_paths, check_words
+from diffusion_lab.app.scoring.judging import Samples, Yardstick, score, yardstick
+from diffusion_lab.app.scoring.measuring import Place
 from diffusion_lab.data.image_sets import Held, Mapped, some
 from diffusion_lab.data.stored_images import open_images
 from diffusion_lab.images import visible
@@ -66,7 +67,7 @@ def run(cfg: DictConfig) -> Scored | list[dict[str, Any]]:
     folder = None if config["run"] is None else Path(config["run"]).resolve()
     trained = None if folder is None else read_run(folder)
     if str(config["metrics"].get("_target_", "")).startswith(LIKELIHOOD):
-        from diffusion_lab.app import likelihood
+        from diffusion_lab.app.scoring import likelihood
 
         if folder is None or trained is None:
             raise UserError("a likelihood is that of a model: run=<folder> is needed")
@@ -107,7 +108,7 @@ def run(cfg: DictConfig) -> Scored | list[dict[str, Any]]:
     typed = config["out"] or config["run"] or str(out)
     print(f"metrics {shown(told['file'], typed)}")
     if config["out"] is None and folder is not None and (out / "checkpoints").is_dir():
-        from diffusion_lab.app.model_card import write_card
+        from diffusion_lab.app.export.model_card import write_card
         from diffusion_lab.app.report import write_report
 
         write_card(RunFolder(out))

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_lab.app import record
-from diffusion_lab.app.choices import override
+from diffusion_lab.app.config.choices import override
 from diffusion_lab.app.errors import UserError, did_you_mean, one_line
+from diffusion_lab.app.runs import record
 from diffusion_lab.data.errors import DataError
 from diffusion_lab.data.pictures import reason
 from diffusion_lab.files import replacing
@@ -114,7 +114,7 @@ def _split(words: Sequence[str], known: Mapping[str, str | None]) -> tuple[dict[
 
 
 def _load(own: Mapping[str, Any]) -> Any:
-    from diffusion_lab.app.job import device_of
+    from diffusion_lab.app.sampling.job import device_of
     from diffusion_lab.data.autoencoder import load_autoencoder
 
     return load_autoencoder(
@@ -202,7 +202,7 @@ def _told(work: Callable[[], Any], words: Sequence[str]) -> Any:
     """Do something with a config; what Hydra has to say about it becomes one line."""
     from omegaconf.errors import MissingMandatoryValue
 
-    from diffusion_lab.app.messages import check_options, translate
+    from diffusion_lab.app.config.messages import check_options, translate
     from diffusion_lab.app.session import conf_folder
 
     check_options([word for word in words if not word.startswith("-")], [conf_folder()])
@@ -325,7 +325,7 @@ def _read(samples: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _dataset(samples: Path, told: Mapping[str, Any]) -> dict[str, Any]:
     """Return the data set of the run that the samples are of, from its config."""
-    from diffusion_lab.app.choices import read_unchecked
+    from diffusion_lab.app.config.choices import read_unchecked
 
     if not told.get("run"):
         raise UserError(f"{samples}: its record.json does not say which run the samples are of")

@@ -24,22 +24,22 @@ def main(arguments: Sequence[str]) -> int:
     job, where, *rest = arguments
     try:
         if job == "train":
-            from diffusion_lab.app.run import RunFolder
+            from diffusion_lab.app.runs.run import RunFolder
             from diffusion_lab.app.train import fit
 
             fit(RunFolder(Path(where)), Path(rest[0]) if rest else None)
         elif job == "sample":
-            from diffusion_lab.app.parts import work
+            from diffusion_lab.app.sampling.parts import work
 
             work(Path(where), rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))
         elif job == "features":
-            from diffusion_lab.app.measuring import work as look
+            from diffusion_lab.app.scoring.measuring import work as look
 
             look(Path(where), rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))
         else:
             raise UserError(f"no such job: {job}")
     except Exception as error:
-        from diffusion_lab.app.messages import translate
+        from diffusion_lab.app.config.messages import translate
 
         line = translate(error, [], [], list)
         if line is None:

@@ -5,10 +5,10 @@
                           labels: int64 (N,), -1 for none
     <out>/record.json     which weights, which settings, on what machine
 
-A run whose samples start from images of its data set keeps those too, see `sources.py`.
-With `measurement=` and `input=` they are draws from a posterior, see `posterior.py`. Everything about the arithmetic is
-in `parts.py`. A job that was interrupted goes on where it was; one that is done is found done. A folder that holds
-other samples is never written over.
+A run whose samples start from images of its data set keeps those too, see `sampling/sources.py`.
+With `measurement=` and `input=` they are draws from a posterior, see `sampling/posterior.py`. Everything about the
+arithmetic is in `sampling/parts.py`. A job that was interrupted goes on where it was; one that is done is found done. A
+folder that holds other samples is never written over.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from diffusion_lab.app import launch, parts, posterior, record, sources
+from diffusion_lab.app import launch
 from diffusion_lab.app.build import Loaded, load_denoiser, plain
 from diffusion_lab.app.display import Ticker, facts_table, show, shown
 from diffusion_lab.app.errors import UserError, one_line
-from diffusion_lab.app.fit import describe_part
-from diffusion_lab.app.inputs import Measured, measured, read_inputs, read_measured
-from diffusion_lab.app.job import STRIDE, Job, from_config, read_job
-from diffusion_lab.app.places import workplace
-from diffusion_lab.app.probe import Probed, check_labels, probe
-from diffusion_lab.app.run import digest
+from diffusion_lab.app.runs import record
+from diffusion_lab.app.runs.places import workplace
+from diffusion_lab.app.runs.run import digest
+from diffusion_lab.app.sampling import parts, posterior, sources
+from diffusion_lab.app.sampling.fit import describe_part
+from diffusion_lab.app.sampling.inputs import Measured, measured, read_inputs, read_measured
+from diffusion_lab.app.sampling.job import STRIDE, Job, from_config, read_job
+from diffusion_lab.app.sampling.probe import Probed, check_labels, probe
 from diffusion_lab.files import replacing, write_atomically
 from diffusion_lab.images import visible
 
@@ -119,7 +121,7 @@ def _measure(config: dict[str, Any], loaded: Loaded) -> tuple[Measured, dict[str
 
 
 def default_out(folder: Path, job: Job, loaded: Loaded) -> Path:
-    """Return the folder for samples when none is named, after the settings: inside the run, see `places.py`."""
+    """Return the folder for samples when none is named, after the settings: inside the run, see `runs/places.py`."""
     name = (
         f"{loaded.ema}-{loaded.images_seen:010d}-n{job.num_samples}-seed{job.seed}-{digest(job.settings)[:8]}"
     )

@@ -76,7 +76,7 @@ def failure_line(session: Session, error: Exception) -> str:
 
 def line_of(session: Session, error: Exception) -> str | None:
     """Return the one line for a mistake of the user's, or None for a defect of ours."""
-    from diffusion_lab.app.messages import translate
+    from diffusion_lab.app.config.messages import translate
 
     return translate(error, session.overrides, session.folders, lambda: _known_keys(session))
 
@@ -86,8 +86,8 @@ def _known_keys(session: Session) -> list[str]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from diffusion_lab.app.help import options
-    from diffusion_lab.app.validate import all_keys
+    from diffusion_lab.app.config.help import options
+    from diffusion_lab.app.config.validate import all_keys
 
     groups = options(session.folders)
     chosen = [item for item in session.overrides if re.split("[=@]", item)[0] in groups and "," not in item]

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_lab.app.choices import (
+from diffusion_lab.app.config.choices import (
     FROM_RUN,
     Completed,
     chosen_by_experiment,
@@ -146,7 +146,7 @@ def plan(cfg: DictConfig) -> None:
     node: Any = method.get("teacher") if OmegaConf.is_dict(method) else None
     if not OmegaConf.is_dict(node) or not isinstance(node.get("run"), str) or node.get("sha256"):
         return
-    from diffusion_lab.app.weights import read_weights
+    from diffusion_lab.app.runs.weights import read_weights
 
     place = Path(node.run).resolve()
     try:

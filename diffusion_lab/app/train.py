@@ -21,12 +21,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from diffusion_lab.app import launch, record, resume
+from diffusion_lab.app import launch
 from diffusion_lab.app.assemble import assemble
 from diffusion_lab.app.build import plain
 from diffusion_lab.app.display import show, summary
 from diffusion_lab.app.errors import UserError, one_line
-from diffusion_lab.app.run import RunFolder, claimed, discard, identity, point_latest
+from diffusion_lab.app.runs import record, resume
+from diffusion_lab.app.runs.run import RunFolder, claimed, discard, identity, point_latest
 from diffusion_lab.files import write_atomically
 from diffusion_lab.modules.checkpoint_io import images_of
 
@@ -219,7 +220,7 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
 
     The first process closes the record. See `run` for what is raised.
     """
-    from diffusion_lab.app.choices import read_unchecked
+    from diffusion_lab.app.config.choices import read_unchecked
     from diffusion_lab.callbacks import was_preempted, was_pruned
     from diffusion_lab.loggers import close_loggers
     from diffusion_lab.modules.errors import DoesNotFit
@@ -315,7 +316,7 @@ def _device(trainer: Any) -> str:
 
 def _conclude(folder: RunFolder, config: Mapping[str, Any]) -> None:
     """Export the averages, write the report, print the table."""
-    from diffusion_lab.app.export import export_run
+    from diffusion_lab.app.export.tensors import export_run
     from diffusion_lab.app.report import write_report
 
     # a run without the checkpoints callback has nothing to export

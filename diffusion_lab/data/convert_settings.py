@@ -118,7 +118,7 @@ def training_command(
         out: Their folder.
         preparation: How pictures were prepared; None where they were taken over as they are.
     """
-    from diffusion_lab.app.choices import override  # only now: it is the application's
+    from diffusion_lab.app.config.choices import override  # only now: it is the application's
 
     channels, side, note = _shape(source, preparation)
     classes = manifest["classes"]

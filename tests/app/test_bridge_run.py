@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diffusion_lab.app.build import data_module, generation_of, load_denoiser
-from diffusion_lab.app.posterior import from_array
+from diffusion_lab.app.sampling.posterior import from_array
 from diffusion_lab.callbacks.pictures import tile
 from diffusion_lab.denoisers.bridge import InterpolantField
 from diffusion_lab.images import to_uint8

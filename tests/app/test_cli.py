@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from diffusion_lab.app import cli
+from diffusion_lab.app.config.rules import check_precision
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.rules import check_precision
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,10 +32,10 @@ def app(monkeypatch, tmp_path):
         module = types.ModuleType(f"diffusion_lab.app.{name}")
         module.run = run
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    compare = types.ModuleType("diffusion_lab.app.compare")
+    compare = types.ModuleType("diffusion_lab.app.scoring.compare")
     compare.finish = lambda session: None
     monkeypatch.setitem(sys.modules, compare.__name__, compare)
-    monkeypatch.setattr("diffusion_lab.app.validate._nodes", lambda cfg, prefix: None)
+    monkeypatch.setattr("diffusion_lab.app.config.validate._nodes", lambda cfg, prefix: None)
     monkeypatch.delenv("DIFFUSION_LAB_TRACEBACK", raising=False)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.chdir(tmp_path)
@@ -303,7 +303,7 @@ def test_a_trial_is_called_debug(app):
 def test_the_recorded_command_can_be_pasted(app, run_folder):
     import shlex
 
-    from diffusion_lab.app import record
+    from diffusion_lab.app.runs import record
 
     folder = run_folder("it's a run")
     for words in ([f"run={folder}", "labels=[1,2]"], ["-m", f"run={folder}", "labels=[1,2]"]):

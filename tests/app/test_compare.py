@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from diffusion_lab.app.report import sortable
 from diffusion_lab.app.report.comparison import write_up
 from diffusion_lab.app.report.comparison_text import variant
-from diffusion_lab.app.sheet import First, Row, Sheet, differing, grouped
+from diffusion_lab.app.scoring.sheet import First, Row, Sheet, differing, grouped
 from diffusion_lab.metrics.protocol import Protocol, Record, Source
 
 pytestmark = pytest.mark.usefixtures("no_cache")

@@ -9,12 +9,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from diffusion_lab.app.config.help import options
+from diffusion_lab.app.config.schema import SCHEMAS
+from diffusion_lab.app.config.signatures import resolve, signature
+from diffusion_lab.app.config.validate import HYDRA_KEYS, validate
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.help import options
-from diffusion_lab.app.schema import SCHEMAS
 from diffusion_lab.app.session import conf_folder
-from diffusion_lab.app.signatures import resolve, signature
-from diffusion_lab.app.validate import HYDRA_KEYS, validate
 from diffusion_lab.samplers.grids import FittedGrid
 
 CONF = conf_folder()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from diffusion_lab.app import cli
-from diffusion_lab.app.choices import read_run
-from diffusion_lab.app.help import options
+from diffusion_lab.app.config.choices import read_run
+from diffusion_lab.app.config.help import options
 from diffusion_lab.app.session import conf_folder
 
 

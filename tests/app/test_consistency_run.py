@@ -4,7 +4,7 @@ import tiny_runs
 import torch
 
 from diffusion_lab.app.build import load_denoiser
-from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.config.choices import read_run
 
 STUDENT = [
     "method=consistency", "method.steps=2", "method.teacher_steps.first=4", "method.teacher_steps.last=16",

@@ -7,10 +7,10 @@ import pytest
 import tiny_runs
 from PIL import Image
 
-from diffusion_lab.app import scores
 from diffusion_lab.app.evaluate import table
-from diffusion_lab.app.model_card import SHOWN, _quality
+from diffusion_lab.app.export.model_card import SHOWN, _quality
 from diffusion_lab.app.report import build
+from diffusion_lab.app.scoring import scores
 from diffusion_lab.data.digits import Digits
 
 pytestmark = pytest.mark.usefixtures("no_cache")

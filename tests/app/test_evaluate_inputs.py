@@ -183,7 +183,7 @@ def test_statistics_from_elsewhere_need_the_published_features(trained, pictures
 
 
 def test_a_pass_in_blocks_goes_on_where_it_stopped_with_the_same_bits(trained, tmp_path, monkeypatch, capsys):
-    from diffusion_lab.app import measuring
+    from diffusion_lab.app.scoring import measuring
 
     images = digits("train")[0]
     samples = as_array(tmp_path / "train.npz", images)

@@ -14,10 +14,10 @@ import diffusion_lab  # noqa: F401  (first: it cures torchvision)
 
 from tiny_runs import train
 
-from diffusion_lab.app import export
 from diffusion_lab.app.build import Loaded
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.export_diffusers import levels, write_diffusers
+from diffusion_lab.app.export import __main__ as export
+from diffusion_lab.app.export.diffusers import levels, write_diffusers
 from diffusion_lab.denoisers import EDM, X0, Eps, LearnedVarianceDenoiser, NetworkDenoiser, V, Velocity
 from diffusion_lab.guidance import Unguided
 from diffusion_lab.networks import UNet

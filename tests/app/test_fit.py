@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from diffusion_lab.app import fit
+from diffusion_lab.app.sampling import fit
 
 
 @pytest.fixture(autouse=True)

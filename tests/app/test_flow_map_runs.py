@@ -5,7 +5,7 @@ import tiny_runs
 import torch
 
 from diffusion_lab.app.build import load_denoiser
-from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.config.choices import read_run
 from diffusion_lab.denoisers import NetworkDenoiser, ShortcutDenoiser
 
 # several runs are trained for them

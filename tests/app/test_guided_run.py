@@ -7,7 +7,7 @@ import tiny_runs
 from omegaconf import OmegaConf
 
 from diffusion_lab.app.build import load_denoiser
-from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.config.choices import read_run
 from diffusion_lab.denoisers import GuidedDenoiser
 
 # three runs are trained for them

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from diffusion_lab.app import likelihood_rows
-from diffusion_lab.app.likelihood import lines
+from diffusion_lab.app.scoring import likelihood_rows
+from diffusion_lab.app.scoring.likelihood import lines
 from diffusion_lab.modules.checkpoint_io import list_checkpoints, load_checkpoint
 
 VDM = [

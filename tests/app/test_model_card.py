@@ -6,9 +6,9 @@ import shutil
 import pytest
 from tiny_runs import main, record_of, train
 
-from diffusion_lab.app.model_card import BEGIN, END, shareable, write_card
-from diffusion_lab.app.run import RunFolder
-from diffusion_lab.app.weights import metadata
+from diffusion_lab.app.export.model_card import BEGIN, END, shareable, write_card
+from diffusion_lab.app.runs.run import RunFolder
+from diffusion_lab.app.runs.weights import metadata
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import tiny_runs
 import torch
 
-from diffusion_lab.app.weights import read_weights
+from diffusion_lab.app.runs.weights import read_weights
 from diffusion_lab.modules.checkpoint_io import checkpoint_name, load_checkpoint
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny_runs
 
-from diffusion_lab.app import allowlist
+from diffusion_lab.app.config import allowlist
 from diffusion_lab.app.errors import UserError
 
 PACKAGE = '''

@@ -9,7 +9,7 @@ import tiny_runs
 import torch
 from PIL import Image
 
-from diffusion_lab.app import inputs, parts, posterior
+from diffusion_lab.app.sampling import inputs, parts, posterior
 from diffusion_lab.app.session import conf_folder
 from diffusion_lab.data import Digits
 from diffusion_lab.images import to_float
@@ -143,7 +143,7 @@ def test_the_residual_of_the_truth_is_one_and_blanks_do_not_count():
 
 
 def job_of(about, **more):
-    from diffusion_lab.app.job import Job
+    from diffusion_lab.app.sampling.job import Job
 
     settings = {
         "run": "", "ema": "", "weights": "", "seed": 0, "labels": None, "num_samples": 1, "batch_size": 1,

@@ -10,11 +10,11 @@ import pytest
 import tiny_runs
 import torch
 
-from diffusion_lab.app import export
 from diffusion_lab.app.build import load_denoiser
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.posthoc import make, parse
-from diffusion_lab.app.weights import averages_of, read_weights
+from diffusion_lab.app.export import __main__ as export
+from diffusion_lab.app.runs.posthoc import make, parse
+from diffusion_lab.app.runs.weights import averages_of, read_weights
 from diffusion_lab.ema import PowerFunction
 from diffusion_lab.modules.checkpoint_io import list_checkpoints, load_checkpoint
 from diffusion_lab.modules.snapshot_io import save_snapshot

@@ -6,7 +6,7 @@ import pytest
 import tiny_runs
 import torch
 
-from diffusion_lab.app import probe
+from diffusion_lab.app.sampling import probe
 from diffusion_lab.process import VariancePreserving
 
 

@@ -11,7 +11,7 @@ import tiny_runs
 
 from diffusion_lab.app.report import figures, write_report
 from diffusion_lab.app.report.build import by_class
-from diffusion_lab.app.run import RunFolder
+from diffusion_lab.app.runs.run import RunFolder
 
 
 class Page(html.parser.HTMLParser):

@@ -8,8 +8,8 @@ import pytest
 import tiny_runs
 import yaml
 
-from diffusion_lab.app import record, resume, run
 from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.runs import record, resume, run
 from diffusion_lab.files import write_atomically
 
 CONFIG = {

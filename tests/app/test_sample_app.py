@@ -10,8 +10,8 @@ import tiny_runs
 import yaml
 from PIL import Image
 
-from diffusion_lab.app import job, parts
-from diffusion_lab.app.places import workplace
+from diffusion_lab.app.runs.places import workplace
+from diffusion_lab.app.sampling import job, parts
 
 
 @pytest.fixture(scope="module")

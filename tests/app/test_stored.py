@@ -38,8 +38,8 @@ def test_autoguidance_from_the_command_line_is_autoguidance(runs, tmp_path):
     good, weak, _ = runs
     got = sample(tmp_path / "s", good, *AUTO, f"guidance.weak.run={weak}", "guidance.weak.ema=raw")
     from diffusion_lab.app.build import generation_of, instantiate
-    from diffusion_lab.app.job import streams
-    from diffusion_lab.app.parts import to_array
+    from diffusion_lab.app.sampling.job import streams
+    from diffusion_lab.app.sampling.parts import to_array
 
     settings = tiny_runs.record_of(tmp_path / "s")["settings"]["generation"]
     unguided = {**settings, "guidance": {"_target_": "diffusion_lab.guidance.Unguided", "_partial_": True}}

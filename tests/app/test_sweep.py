@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from diffusion_lab.app import cli, record, resume
+from diffusion_lab.app import cli
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.app.report.sweep import Axis, write_up
-from diffusion_lab.app.run import identity
+from diffusion_lab.app.runs import record, resume
+from diffusion_lab.app.runs.run import identity
 from diffusion_lab.app.session import Session, conf_folder
 from diffusion_lab.app.sweep import settings as sweep_settings
 from diffusion_lab.app.sweep.check import COLUMNS, check, varied
@@ -69,7 +70,7 @@ def app(monkeypatch, tmp_path):
     module = types.ModuleType("diffusion_lab.app.train")
     module.run = run
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("diffusion_lab.app.validate._nodes", lambda cfg, prefix: None)
+    monkeypatch.setattr("diffusion_lab.app.config.validate._nodes", lambda cfg, prefix: None)
     monkeypatch.setattr("diffusion_lab.app.sweep.job.ORPHANS_S", 0.0)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.chdir(tmp_path)
@@ -555,8 +556,8 @@ def test_the_wandb_sweep_file_is_a_valid_command():
     import yaml
     from hydra import compose, initialize_config_dir
 
-    from diffusion_lab.app.schema import SCHEMAS
-    from diffusion_lab.app.validate import validate
+    from diffusion_lab.app.config.schema import SCHEMAS
+    from diffusion_lab.app.config.validate import validate
 
     told = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())
     assert told["command"][:3] == ["${env}", "${interpreter}", "${program}"]

@@ -9,13 +9,13 @@ import torch
 from omegaconf import OmegaConf
 
 from diffusion_lab.app.build import load_denoiser
-from diffusion_lab.app.choices import complete as sampling
-from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.config.choices import complete as sampling
+from diffusion_lab.app.config.choices import read_run
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.run import identity
+from diffusion_lab.app.runs.run import identity
+from diffusion_lab.app.runs.weights import metadata
 from diffusion_lab.app.session import conf_folder
 from diffusion_lab.app.teacher import complete, departures
-from diffusion_lab.app.weights import metadata
 
 # two halvings, three steps each
 STUDENT = [

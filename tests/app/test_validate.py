@@ -7,11 +7,11 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from diffusion_lab.app import allowlist, signatures
+from diffusion_lab.app.config import allowlist, signatures
+from diffusion_lab.app.config.signatures import TargetNotFound, resolve, signature
+from diffusion_lab.app.config.validate import check_node, drop_absent_parts, validate
+from diffusion_lab.app.config.values import fits
 from diffusion_lab.app.errors import UserError, did_you_mean, nearest
-from diffusion_lab.app.signatures import TargetNotFound, resolve, signature
-from diffusion_lab.app.validate import check_node, drop_absent_parts, validate
-from diffusion_lab.app.values import fits
 
 SOURCE = {
     "__init__.py": """
@@ -281,7 +281,7 @@ def test_building_blocks_are_allowed(target):
         "diffusion_lab.denoisers.network.nn.Module",
         "diffusion_lab.app.cli.main",
         "diffusion_lab.app.cli.os.system",
-        "diffusion_lab.app.run.os.system",
+        "diffusion_lab.app.runs.run.os.system",
         "diffusion_lab.app.cli.importlib.import_module",
         "diffusion_lab.rng.step_rng",
         "diffusion_lab.loggers.wandb.wandb.init",

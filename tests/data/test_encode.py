@@ -15,7 +15,7 @@ from tiny_runs import holding, images_of, main, train
 
 from diffusion_lab.app import latents as latents_app
 from diffusion_lab.app.latents import decode_command, encode_command
-from diffusion_lab.app.parts import to_array
+from diffusion_lab.app.sampling.parts import to_array
 from diffusion_lab.data import autoencoder as loading
 from diffusion_lab.data import encode as encoding
 from diffusion_lab.data.digits import Digits

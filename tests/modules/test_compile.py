@@ -6,8 +6,8 @@ import tiny_runs
 import torch
 from hydra import compose, initialize_config_dir
 
-from diffusion_lab.app import run
 from diffusion_lab.app.build import plain
+from diffusion_lab.app.runs import run
 from diffusion_lab.app.session import conf_folder
 
 COMPILED = "method.compile_network=true"

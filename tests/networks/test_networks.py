@@ -185,7 +185,7 @@ def test_norms_have_the_32_groups_of_adm_where_channels_suffice(channels, groups
 
 @each
 def test_an_example_does_not_see_its_neighbours(make, shape):
-    # in double precision: in single the last bits do depend on the batch, which is what app/parts.py is for
+    # in double precision: in single the last bits do depend on the batch, which is what app/sampling/parts.py is for
     network = awake(make()).double()
     x, logsnr, cond = inputs(batch=6, shape=shape)
     x, logsnr = x.double(), logsnr.double()

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from diffusion_lab.app import record, scores
 from diffusion_lab.app.display import clock, newest, read_metrics
 from diffusion_lab.app.report import figures, page
 from diffusion_lab.app.report.charts import charts
-from diffusion_lab.app.run import RunFolder
+from diffusion_lab.app.runs import record
+from diffusion_lab.app.runs.run import RunFolder
+from diffusion_lab.app.scoring import scores
 from diffusion_lab.files import write_atomically
 
 REAL = "real.png"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from diffusion_lab.app.report import figures
-from diffusion_lab.app.run import RunFolder
+from diffusion_lab.app.runs.run import RunFolder
 
 
 def charts(folder: RunFolder, rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:

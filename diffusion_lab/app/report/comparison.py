@@ -23,7 +23,7 @@ from diffusion_lab.app.report.comparison_text import (
     value_of,
     variant,
 )
-from diffusion_lab.app.sheet import First, Row, Sheet
+from diffusion_lab.app.scoring.sheet import First, Row, Sheet
 
 # of a picture: pixels across, at most, before it is enlarged, and rows of images
 ACROSS = 1280

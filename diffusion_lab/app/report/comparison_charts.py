@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from diffusion_lab.app.report import figures
 from diffusion_lab.app.report.comparison_text import best_of, heads_of, variant
-from diffusion_lab.app.sheet import Row, Sheet
+from diffusion_lab.app.scoring.sheet import Row, Sheet
 
 NFE = "NFE: network evaluations per sample"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from diffusion_lab.app.sheet import Row, Sheet
+from diffusion_lab.app.scoring.sheet import Row, Sheet
 from diffusion_lab.metrics.protocol import Record
 
 

@@ -23,8 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_lab.app.composed import check_config, complete_config, job_overrides
-from diffusion_lab.app.run import RunFolder
+from diffusion_lab.app.config.composed import check_config, complete_config, job_overrides
+from diffusion_lab.app.runs.run import RunFolder
 from diffusion_lab.app.session import failure_line
 from diffusion_lab.app.sweep.context import Context, claimed, holder
 from diffusion_lab.app.sweep.journal import Entry, Job, find_run
@@ -136,7 +136,7 @@ def _train(session: Session, context: Context, job: Job, cfg: DictConfig, before
 
 def _taken_up(context: Context, config: dict[str, Any], before: Entry | None) -> RunFolder | None:
     """Return the run that a job goes on with: any with resume=auto, else only one that this sweep began."""
-    from diffusion_lab.app import record
+    from diffusion_lab.app.runs import record
 
     if not context.auto and before is None:
         return None
@@ -153,8 +153,8 @@ def come_to(entry: Entry, folder: RunFolder | None, objective: str | None) -> En
         folder: The run folder; None, or one that is gone, leaves the entry without a run.
         objective: The name of what is compared; None for the default.
     """
-    from diffusion_lab.app import record
     from diffusion_lab.app.display import read_metrics
+    from diffusion_lab.app.runs import record
 
     if folder is None or not folder.config.is_file():
         return replace(entry, run=None)
@@ -200,7 +200,7 @@ def value_of(entry: Entry | None) -> float:
 
 def is_finished(folder: RunFolder, max_images: int) -> bool:
     """Whether a run has nothing left to do, by its record."""
-    from diffusion_lab.app import record
+    from diffusion_lab.app.runs import record
 
     told = record.read(folder.record)
     seen = record.last_session(told).get("images_seen")
@@ -208,14 +208,14 @@ def is_finished(folder: RunFolder, max_images: int) -> bool:
 
 
 def _now() -> str:
-    from diffusion_lab.app import record
+    from diffusion_lab.app.runs import record
 
     return record.now()
 
 
 def _queue_again(entry: Entry) -> None:
     """Let submitit put a job that was warned of its end into the queue again; the run goes on from its checkpoint."""
-    from diffusion_lab.app import record
+    from diffusion_lab.app.runs import record
 
     warning = _warning_of_submitit()
     if warning is None or entry.run is None:

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.app.run import NOT_IDENTITY, RunFolder, digest, identity, list_runs
+from diffusion_lab.app.runs.run import NOT_IDENTITY, RunFolder, digest, identity, list_runs
 from diffusion_lab.claims import claim
 from diffusion_lab.files import write_atomically
 
@@ -211,9 +211,9 @@ def config_hash(config: Mapping[str, Any], varied: Sequence[str]) -> str:
 
 def find_run(config: Mapping[str, Any], varied: Sequence[str]) -> RunFolder | None:
     """Return the newest run of the same name that trains what a config says, finished or not."""
-    from diffusion_lab.app import record
-    from diffusion_lab.app.choices import read_unchecked
+    from diffusion_lab.app.config.choices import read_unchecked
     from diffusion_lab.app.errors import UserError
+    from diffusion_lab.app.runs import record
 
     wanted, own = trains(config, varied), identity(config)
     for folder in list_runs(Path(config["paths"]["runs"]) / config["name"]):

@@ -27,10 +27,10 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from diffusion_lab.app.composed import SWEEPING, complete_config
+from diffusion_lab.app.config.composed import SWEEPING, complete_config
 from diffusion_lab.app.display import Ticker
 from diffusion_lab.app.errors import one_line
-from diffusion_lab.app.run import RunFolder, digest
+from diffusion_lab.app.runs.run import RunFolder, digest
 from diffusion_lab.app.session import Session
 from diffusion_lab.app.sweep.context import Context, claimed
 from diffusion_lab.app.sweep.job import come_to, is_finished, value_of

@@ -74,7 +74,7 @@ def run(session: Session, argv: Sequence[str], hydra: Callable[[Session], None])
         logs=str(cfg.hydra.launcher._target_).endswith("JoblibLauncher"),
         total=getattr(settings, "trials", 0),
     )
-    from diffusion_lab.app.choices import _quote
+    from diffusion_lab.app.config.choices import _quote
 
     words = [f"hydra.sweep.dir={_quote(str(folder))}"]
     parallel = int(getattr(launcher, "n_jobs", 1))
@@ -148,7 +148,7 @@ def _settings(cfg: DictConfig) -> tuple[Any, Any]:
     """Build what `launcher=` and `sweep=` say, after a check of their keys."""
     from hydra.utils import instantiate
 
-    from diffusion_lab.app.validate import check_node
+    from diffusion_lab.app.config.validate import check_node
 
     for group in ("launcher", "sweep"):
         check_node(cfg[group], group)
@@ -156,7 +156,7 @@ def _settings(cfg: DictConfig) -> tuple[Any, Any]:
 
 
 def _open(journal: Journal, session: Session, settings: Any) -> None:
-    from diffusion_lab.app import record
+    from diffusion_lab.app.runs import record
 
     known = journal.told()
     journal.tell(

@@ -20,7 +20,7 @@ from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from diffusion_lab.app.choices import _quote
+from diffusion_lab.app.config.choices import _quote
 from diffusion_lab.files import write_atomically
 
 NAME = "sweep"

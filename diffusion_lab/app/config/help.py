@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_lab.app.choices import GROUPS, ONLY
+from diffusion_lab.app.config.choices import GROUPS, ONLY
 
 COMMANDS = {
     "train": [

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from diffusion_lab.app.choices import FROM_RUN
+from diffusion_lab.app.config.choices import FROM_RUN
+from diffusion_lab.app.config.help import options
 from diffusion_lab.app.errors import UserError, did_you_mean, nearest, one_line, similar_folder
-from diffusion_lab.app.help import options
 
 Keys = Callable[[], list[str]]
 

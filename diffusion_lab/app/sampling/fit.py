@@ -20,8 +20,8 @@ from torch import Tensor
 from diffusion_lab.app.build import Loaded, data_module, instantiate
 from diffusion_lab.app.display import Ticker
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.places import workplace
-from diffusion_lab.app.run import digest
+from diffusion_lab.app.runs.places import workplace
+from diffusion_lab.app.runs.run import digest
 from diffusion_lab.app.stored import TARGET, placed
 from diffusion_lab.denoisers.bridge import BridgeField
 from diffusion_lab.files import replacing, write_atomically
@@ -43,7 +43,7 @@ def fit_parts(
     Args:
         generation: Resolved config of the generation; a network that its guidance names is planned.
         loaded: The denoiser to fit to.
-        folder: The run, which keeps the results; for an export see `places.py`.
+        folder: The run, which keeps the results; for an export see `runs/places.py`.
         device: Where to evaluate the denoiser.
         measured: Whether the guidance samples a posterior. Training images have no measurement: parts are then fitted
             to the denoiser without it.

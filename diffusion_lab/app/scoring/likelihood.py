@@ -24,15 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_lab.app import scores
 from diffusion_lab.app.build import Loaded, are_pixels, data_module, instantiate, load_denoiser, seeded
-from diffusion_lab.app.choices import top_key, typed
+from diffusion_lab.app.config.choices import top_key, typed
 from diffusion_lab.app.display import facts_table, show, shown
 from diffusion_lab.app.errors import UserError, one_line
-from diffusion_lab.app.job import block_size, device_of
-from diffusion_lab.app.likelihood_rows import Images, Job, keep_images, learned_dequantisation, measured_rows
-from diffusion_lab.app.places import workplace
-from diffusion_lab.app.run import RunFolder, digest
+from diffusion_lab.app.runs.places import workplace
+from diffusion_lab.app.runs.run import RunFolder, digest
+from diffusion_lab.app.sampling.job import block_size, device_of
+from diffusion_lab.app.scoring import scores
+from diffusion_lab.app.scoring.likelihood_rows import (
+    Images,
+    Job,
+    keep_images,
+    learned_dequantisation,
+    measured_rows,
+)
 from diffusion_lab.data.base import DataModule
 from diffusion_lab.denoisers.bridge import BridgeField
 from diffusion_lab.likelihood import BitsPerDimODE, Meter, interval
@@ -156,7 +162,7 @@ def _learnt(folder: Path, images_seen: int) -> dict[str, Tensor]:
     Raises:
         UserError: If that checkpoint is of another moment than the weights.
     """
-    from diffusion_lab.app.resume import newest_checkpoint
+    from diffusion_lab.app.runs.resume import newest_checkpoint
     from diffusion_lab.modules.checkpoint_io import load_checkpoint
 
     if not (folder / "checkpoints").is_dir():
@@ -318,7 +324,7 @@ def _tell(item: Mapping[str, Any], file: Path, where: Path, config: Mapping[str,
     print(f"metrics {shown(file, typed)}")
     folder = RunFolder(workplace(Path(config["run"])))
     if config["out"] is None and folder.checkpoints.is_dir():
-        from diffusion_lab.app.model_card import write_card
+        from diffusion_lab.app.export.model_card import write_card
         from diffusion_lab.app.report import write_report
 
         write_card(folder)

@@ -19,8 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.app.allowlist import TRUST
-from diffusion_lab.app.choices import plain_override
+from diffusion_lab.app.config.allowlist import TRUST
+from diffusion_lab.app.config.choices import plain_override
 from diffusion_lab.files import write_atomically
 
 PACKAGES = (
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 def git_state() -> dict[str, Any] | None:
     """Return commit, branch and whether files differ from the commit; None if this code is not in a repository."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str | None:
         try:

@@ -6,7 +6,8 @@
     <folder>/images.npz                     index, label, value and rows of every image, for who looks at single ones
 
 A block is made by one thread from images of a fixed number, the last one of the set filled up from its beginning,
-every image from its own seed: so its bits do not depend on threads, batch size or interruptions (`parts.py` says why).
+every image from its own seed: so its bits do not depend on threads, batch size or interruptions (`sampling/parts.py`
+says why).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.app.display import Ticker
 from diffusion_lab.app.errors import UserError, one_line
-from diffusion_lab.app.parts import blocks_at_once
+from diffusion_lab.app.sampling.parts import blocks_at_once
 from diffusion_lab.files import replacing, write_atomically
 from diffusion_lab.images import to_float
 from diffusion_lab.likelihood import BitsPerDimODE, Meter

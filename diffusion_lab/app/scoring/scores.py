@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.app import record
+from diffusion_lab.app.runs import record
 from diffusion_lab.files import write_atomically
 
 HEAD = ["run", "measure", "value", "weights", "sampler", "NFE", "how"]

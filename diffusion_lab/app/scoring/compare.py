@@ -21,18 +21,18 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from diffusion_lab.app import record
 from diffusion_lab.app.build import data_module
-from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.config.choices import read_run
+from diffusion_lab.app.config.messages import translate
 from diffusion_lab.app.display import Ticker, show
 from diffusion_lab.app.errors import UserError, one_line
 from diffusion_lab.app.evaluate import Scored, read_samples
-from diffusion_lab.app.job import device_of
-from diffusion_lab.app.judging import Samples, Yardstick, score, yardstick
-from diffusion_lab.app.messages import translate
-from diffusion_lab.app.places import workplace
+from diffusion_lab.app.runs import record
+from diffusion_lab.app.runs.places import workplace
+from diffusion_lab.app.sampling.job import device_of
+from diffusion_lab.app.scoring.judging import Samples, Yardstick, score, yardstick
+from diffusion_lab.app.scoring.sheet import First, Row, Sheet, differing, grouped
 from diffusion_lab.app.session import Outcome, Session
-from diffusion_lab.app.sheet import First, Row, Sheet, differing, grouped
 from diffusion_lab.data.image_sets import ImageSet
 from diffusion_lab.data.stored_images import split_of
 from diffusion_lab.files import write_atomically

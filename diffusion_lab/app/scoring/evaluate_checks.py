@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from diffusion_lab.app.choices import typed
+from diffusion_lab.app.config.choices import typed
 from diffusion_lab.app.errors import UserError, nearest, one_line
-from diffusion_lab.app.judging import SPLITS, Yardstick, check_shape
+from diffusion_lab.app.scoring.judging import SPLITS, Yardstick, check_shape
 from diffusion_lab.metrics.collect import Collected
 from diffusion_lab.metrics.measures.base import REFERENCE, SAMPLES, TRAIN, hindrance
 

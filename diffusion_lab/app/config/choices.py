@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.app.allowlist import check_targets
+from diffusion_lab.app.config.allowlist import check_targets
 from diffusion_lab.app.errors import UserError, similar_folder
 
 FROM_RUN = "from_run"

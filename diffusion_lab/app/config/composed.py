@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from diffusion_lab.app.choices import top_key
+from diffusion_lab.app.config.choices import top_key
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -57,11 +57,11 @@ def check_config(session: Session, cfg: DictConfig) -> None:
     """
     from omegaconf import OmegaConf, open_dict
 
-    from diffusion_lab.app.help import options
-    from diffusion_lab.app.rules import check_rules
-    from diffusion_lab.app.schema import SCHEMAS
+    from diffusion_lab.app.config.help import options
+    from diffusion_lab.app.config.rules import check_rules
+    from diffusion_lab.app.config.schema import SCHEMAS
+    from diffusion_lab.app.config.validate import drop_absent_parts, validate
     from diffusion_lab.app.teacher import check as check_teacher
-    from diffusion_lab.app.validate import drop_absent_parts, validate
 
     # as typed: a word may hold an interpolation that is not meant for the list of words
     words: Any = OmegaConf.to_container(cfg.overrides, resolve=False)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.app.build import Loaded, are_pixels, data_module
-from diffusion_lab.app.job import Job, streams
-from diffusion_lab.app.posterior import from_array, psnr
+from diffusion_lab.app.sampling.job import Job, streams
+from diffusion_lab.app.sampling.posterior import from_array, psnr
 from diffusion_lab.denoisers.bridge import SOURCE, BridgeField, reads_image
 from diffusion_lab.images import to_uint8
 

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lab.app import sources
 from diffusion_lab.app.build import Loaded, are_pixels, generation_of, load_denoiser
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.inputs import FILE, Measured, read_measured
-from diffusion_lab.app.job import Job, read_job, streams
+from diffusion_lab.app.sampling import sources
+from diffusion_lab.app.sampling.inputs import FILE, Measured, read_measured
+from diffusion_lab.app.sampling.job import Job, read_job, streams
 from diffusion_lab.app.stored import placed
 from diffusion_lab.files import replacing
 from diffusion_lab.images import to_uint8

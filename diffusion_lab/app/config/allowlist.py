@@ -3,9 +3,9 @@
 A run folder or an export may come from a stranger, and building a config calls what it names. So before anything of
 such a config is built, every `_target_` is traced in the source to its definition (`signatures.py`), and that
 definition must lie in a package listed here. Tracing the definition, not the spelling, is what stops
-`diffusion_lab.app.run.os.system`: it starts like ours and ends in `os`. From torch and lightning only classes pass:
-their functions include `torch.load`. From this package the application layer and the scripts do not pass, for they
-write, start processes and read further configs.
+`diffusion_lab.app.runs.run.os.system`: it starts like ours and ends in `os`. From torch and lightning only classes
+pass: their functions include `torch.load`. From this package the application layer and the scripts do not pass, for
+they write, start processes and read further configs.
 
 Further packages pass if the user names them: DIFFUSION_LAB_TRUST=my_package (several parted by commas). Of these only
 what is defined in them passes, not what they import. A config that was composed from the user's own command line is
@@ -20,8 +20,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_lab.app.config.signatures import TargetNotFound, resolve
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.signatures import TargetNotFound, resolve
 
 # packages whose classes and functions build the parts of a run
 OURS = tuple(

@@ -3,7 +3,7 @@
     <run>/checkpoints/          averages and live weights; `<name>@<images>` is an older one
     <run>/snapshots/            averages that nobody tracked, `posthoc_<width>[@<images>]`, see `posthoc.py`
     <run>/kept/                 weights under names of their own, see `callbacks/kept_weights.py`
-    <export>/<name>.safetensors    see `export.py`
+    <export>/<name>.safetensors    see `../export/`
 
 Nothing is unpickled that could be code: checkpoints are read as tensors and plain values, safetensors hold no more.
 """
@@ -21,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from diffusion_lab.app import posthoc
+from diffusion_lab.app.runs import posthoc
 from diffusion_lab.app.errors import UserError, did_you_mean
 
 RAW = "raw"
@@ -109,7 +109,7 @@ def kept_weights(folder: Path) -> dict[str, Path]:
 
 def from_run(folder: Path, ema: str | None) -> Weights:
     """Read the weights of a run folder. See `read_weights`."""
-    from diffusion_lab.app.resume import newest_checkpoint
+    from diffusion_lab.app.runs.resume import newest_checkpoint
     from diffusion_lab.modules.checkpoint_io import load_checkpoint
 
     if not (folder / "checkpoints").is_dir():

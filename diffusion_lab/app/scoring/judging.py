@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.app.build import are_pixels, data_module, instantiate
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.measuring import Eye, Place, look
+from diffusion_lab.app.scoring.measuring import Eye, Place, look
 from diffusion_lab.data.image_sets import ImageSet, said, some
 from diffusion_lab.data.stored_images import split_of
 from diffusion_lab.images import QUANTISATION

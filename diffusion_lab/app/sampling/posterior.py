@@ -28,9 +28,9 @@ from torch import Tensor
 
 from diffusion_lab.app.build import instantiate
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.fit import describe_part
-from diffusion_lab.app.inputs import Measured
-from diffusion_lab.app.job import Job
+from diffusion_lab.app.sampling.fit import describe_part
+from diffusion_lab.app.sampling.inputs import Measured
+from diffusion_lab.app.sampling.job import Job
 from diffusion_lab.images import to_float, to_uint8
 from diffusion_lab.measurements import Masking, adjoint
 

@@ -19,12 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.app import record, scores
-from diffusion_lab.app.allowlist import TRUST, needs_trust
-from diffusion_lab.app.choices import read_unchecked
+from diffusion_lab.app.config.allowlist import TRUST, needs_trust
+from diffusion_lab.app.config.choices import read_unchecked
 from diffusion_lab.app.display import clock
-from diffusion_lab.app.fit import describe_part
-from diffusion_lab.app.run import RunFolder
+from diffusion_lab.app.runs import record
+from diffusion_lab.app.runs.run import RunFolder
+from diffusion_lab.app.sampling.fit import describe_part
+from diffusion_lab.app.scoring import scores
 from diffusion_lab.files import write_atomically
 
 CARD = "README.md"
@@ -93,7 +94,7 @@ def _lines(folder: RunFolder) -> Iterator[str]:
 
 
 def _files(export: Path) -> list[tuple[Path, dict[str, str]]]:
-    from diffusion_lab.app.weights import metadata
+    from diffusion_lab.app.runs.weights import metadata
 
     return [(path, metadata(path)) for path in sorted(export.glob("*.safetensors"))]
 

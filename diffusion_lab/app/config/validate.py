@@ -18,10 +18,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from diffusion_lab.app import schema as schemas
+from diffusion_lab.app.config import schema as schemas
+from diffusion_lab.app.config.signatures import TargetNotFound, resolve, signature
+from diffusion_lab.app.config.values import describe, fits
 from diffusion_lab.app.errors import UserError, did_you_mean, one_line
-from diffusion_lab.app.signatures import TargetNotFound, resolve, signature
-from diffusion_lab.app.values import describe, fits
 
 # what Hydra reads in a node besides the arguments
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.app import launch
 from diffusion_lab.app.build import data_module, instantiate
-from diffusion_lab.app.choices import read_run
+from diffusion_lab.app.config.choices import read_run
 from diffusion_lab.app.errors import UserError
 from diffusion_lab.data.image_sets import ImageSet, some
 from diffusion_lab.data.progress import progress

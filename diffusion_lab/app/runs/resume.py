@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_lab.app.choices import read_unchecked
+from diffusion_lab.app.config.choices import read_unchecked
 from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.run import RunFolder, create, difference, identity, list_runs
+from diffusion_lab.app.runs.run import RunFolder, create, difference, identity, list_runs
 
 Tell = Callable[[str], None]
 

@@ -24,7 +24,7 @@ import torch
 
 from diffusion_lab.app.build import Loaded
 from diffusion_lab.app.errors import UserError, did_you_mean
-from diffusion_lab.app.fit import fit_parts
+from diffusion_lab.app.sampling.fit import fit_parts
 from diffusion_lab.app.stored import planned
 from diffusion_lab.app.teacher import departures
 from diffusion_lab.files import write_atomically

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusion_lab.app.build import Loaded, generation_of
 from diffusion_lab.app.errors import UserError, one_line
-from diffusion_lab.app.job import Job, streams
+from diffusion_lab.app.sampling.job import Job, streams
 from diffusion_lab.app.stored import CLASSIFIER, WEAK, placed, replaced
 from diffusion_lab.app.teacher import makes_images
 from diffusion_lab.denoisers.bridge import BridgeField

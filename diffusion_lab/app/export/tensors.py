@@ -1,21 +1,7 @@
-"""Weights to give away: one safetensors file for each average, and the config that rebuilds the denoiser.
-
-    export/
-        ema.safetensors       tensors of the denoiser; metadata: what `facts_of` says
-        config.yaml           the run's config without this machine's folders and without what only training needs
-        README.md             the model card, see `model_card.py`
-
-`sample.py` and `evaluate.py` take an export like a run. Of a run they also take averages that were never tracked, made
-from its snapshots (`posthoc.py`); `export_average` puts such a one among the exported. Weights that a run kept under a
-name of their own (`<run>/kept/`, `callbacks/kept_weights.py`) are asked for by it, and exported too. safetensors hold
-nothing but tensors and strings, and the config is checked against the allow-list, so an export from a stranger is data.
-With `--diffusers` the weights go to a folder for diffusers instead (`export_diffusers.py`).
-"""
+"""The averages of a run as safetensors, one file each, and the config that rebuilds the denoiser of them."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +9,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from diffusion_lab.app import record
-from diffusion_lab.app.choices import read_run
-from diffusion_lab.app.errors import UserError
-from diffusion_lab.app.run import RunFolder, identity
-from diffusion_lab.app.teacher import portable
-from diffusion_lab.app.weights import (
+from diffusion_lab.app.config.choices import read_run
+from diffusion_lab.app.export.model_card import write_card
+from diffusion_lab.app.runs import record
+from diffusion_lab.app.runs.run import RunFolder, identity
+from diffusion_lab.app.runs.weights import (
     RAW,
     averages_of,
     from_file,
@@ -38,8 +23,8 @@ from diffusion_lab.app.weights import (
     metadata,
     raw_of,
 )
+from diffusion_lab.app.teacher import portable
 from diffusion_lab.files import replacing, write_atomically
-from diffusion_lab.modules.errors import RunError
 
 # what only training needs, or only this machine has
 DROPPED = ("paths", "callbacks", "logger", "trainer", "resume", "overrides")
@@ -60,8 +45,7 @@ def export_run(folder: RunFolder, config: Mapping[str, Any]) -> list[Path]:
     Raises:
         UserError: If the run has no usable checkpoint.
     """
-    from diffusion_lab.app.model_card import write_card
-    from diffusion_lab.app.resume import newest_checkpoint
+    from diffusion_lab.app.runs.resume import newest_checkpoint
     from diffusion_lab.modules.checkpoint_io import load_checkpoint
 
     checkpoint = load_checkpoint(newest_checkpoint(folder.path))
@@ -91,25 +75,11 @@ def export_average(folder: Path, ema: str | None) -> Path:
         UserError: If the folder is no run, or there are no such weights.
         RunError: If a checkpoint is unsafe.
     """
-    from diffusion_lab.app.model_card import write_card
-
     folder = Path(folder).resolve()
     config, weights = read_run(folder), from_run(folder, ema)
     path = _export(RunFolder(folder), config, weights.name, weights.tensors, weights.images_seen)
     write_card(RunFolder(folder))
     return path
-
-
-def export_diffusers(folder: Path, ema: str | None, out: Path, label: str | None = None) -> list[str]:
-    """Write the weights of a run or an export as a folder for diffusers. See `export_diffusers.write_diffusers`."""
-    from diffusion_lab.app.build import load_denoiser
-    from diffusion_lab.app.export_diffusers import write_diffusers
-
-    loaded = load_denoiser(folder.resolve(), ema)
-    facts = facts_of(
-        RunFolder(folder.resolve()), loaded.config, loaded.ema, loaded.images_seen, loaded.sha256
-    )
-    return write_diffusers(loaded, out, label=label, facts=facts)
 
 
 def facts_of(
@@ -167,41 +137,3 @@ def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
     if "method" in kept:
         kept["method"] = portable(kept["method"])
     return kept
-
-
-def main() -> int:
-    """Export weights: `python -m diffusion_lab.app.export <run> [<ema>] [--diffusers <folder> [--label <class>]]`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusion_lab.app.export",
-        description="Export one average of a run: to <run>/export, or as a folder for diffusers.",
-    )
-    parser.add_argument("run", type=Path, help="the run folder; with --diffusers also an export")
-    parser.add_argument(
-        "ema",
-        nargs="?",
-        help="the name of an average, raw, or posthoc_<width>[@<images>]; default: the first average",
-    )
-    parser.add_argument(
-        "--diffusers", type=Path, metavar="FOLDER", help="write a diffusers folder here instead"
-    )
-    parser.add_argument(
-        "--label", help="with --diffusers: fix the class (a number, or none), so that no labels are needed"
-    )
-    words = parser.parse_args()
-    try:
-        if words.diffusers is None:
-            if words.label is not None:
-                raise UserError("--label: only with --diffusers")
-            print(f"weights  {export_average(words.run, words.ema)}")
-        else:
-            for line in export_diffusers(words.run, words.ema, words.diffusers, words.label):
-                print(line)
-            print(f"diffusers  {words.diffusers}")
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
