@@ -29,11 +29,17 @@ def nearest(word: str, options: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, options: Iterable[str], *, limit: int = 12) -> str:
-    """Return the tail of an error message: "; did you mean 'x'?", else the options (`limit` of them), else nothing."""
+    """Return the tail of an error message: "; did you mean 'x'?" (or several), else `limit` options, else nothing."""
     options = sorted(set(options))
     guess = nearest(word, options)
     if guess is not None:
-        return f"; did you mean '{guess}'?"
+        longer = [option for option in options if len(word) > 2 and option.lower().startswith(word.lower())]
+        # who types half a name means one of those that begin so, if not the one that looks most like it
+        names = [guess] if guess in longer else [*longer[:3], guess]
+        said = " or ".join(
+            [", ".join(f"'{name}'" for name in names[:-1]), f"'{names[-1]}'"][len(names) == 1 :]
+        )
+        return f"; did you mean {said}?"
     if not options or not limit:
         return ""
     shown = ", ".join(options[:limit]) + (", ..." if len(options) > limit else "")

@@ -93,6 +93,12 @@ def test_nothing_heavy_is_imported_for_help_composition_and_errors():
     [
         ("samplr=heun", "samplr=heun: no group or key 'samplr'; did you mean 'sampler'?"),
         ("sampler=huen", "sampler=huen: no option 'huen' in group 'sampler'; did you mean 'heun'?"),
+        (
+            "sampler=dpm",
+            "sampler=dpm: no option 'dpm' in group 'sampler'; "
+            "did you mean 'dpm_solver', 'dpm_solver_v3', 'dpmpp_2m' or 'ddpm'?",
+        ),
+        ("learning_rate=1", "learning_rate=1: no group or key 'learning_rate'; did you mean 'optimizer.lr'?"),
         ("optimizer.lrr=1", "optimizer.lrr=1: no key 'lrr' in 'optimizer'; did you mean 'lr'?"),
         ("optmizer.lr=1", "optmizer.lr=1: no key 'optmizer.lr'; did you mean 'optimizer.lr'?"),
         ("lr=1", "lr=1: no group or key 'lr'; did you mean 'optimizer.lr'?"),

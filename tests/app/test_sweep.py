@@ -593,3 +593,23 @@ def test_a_call_that_takes_up_a_sweep_meets_the_claims_of_the_one_that_began_it(
     began = Context(claims=None, auto=False, **options)
     took_up = Context(claims=tmp_path / ".claims", auto=True, **options)
     assert set(claims_of(began, plan)) < set(claims_of(took_up, plan))
+
+
+def test_what_refuses_every_job_is_said_once_and_leaves_no_sweep(app, capsys):
+    words = ["-m", "experiment=digits/quickstart", "seed=0,1"]
+    assert cli.main("train", [*words, "max_images=1280"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: lr_schedule.warmup_images=") and err.count("\n") == 1 and not out
+    assert not list(Path("runs/sweeps").glob("[!.]*")) and app.seeds == []
+    # one that is refused where others are not is a failed job of a sweep
+    assert cli.main("train", ["-m", "experiment=digits/quickstart", "seed=0", "max_images=1280,89600"]) == 1
+    out, err = capsys.readouterr()
+    assert app.seeds == [0] and "job 1 failed: lr_schedule.warmup_images=" in out
+    assert err.endswith("1 of 2 jobs failed\n")
+
+
+def test_the_best_run_is_named_at_the_end(app, capsys):
+    assert cli.main("train", ["-m", "seed=3,1,2"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("best   runs/")
+    assert (Path(last.split()[1]) / "metrics.csv").read_text().endswith("20,1.5\n"), "that of seed 1"

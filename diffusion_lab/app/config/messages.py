@@ -12,6 +12,17 @@ from diffusion_lab.app.config.help import options
 from diffusion_lab.app.errors import UserError, did_you_mean, nearest, one_line, similar_folder
 
 Keys = Callable[[], list[str]]
+# what other code bases call it
+ELSEWHERE = {
+    "cfg_scale": "guidance.scale",
+    "epochs": "max_images",
+    "gpus": "trainer.devices",
+    "guidance_scale": "guidance.scale",
+    "iterations": "max_images",
+    "learning_rate": "optimizer.lr",
+    "max_steps": "max_images",
+    "num_inference_steps": "grid.steps",
+}
 
 
 def check_options(arguments: Sequence[str], folders: Sequence[Path]) -> None:
@@ -172,8 +183,8 @@ def unknown_key(key: str, override: str, folders: Sequence[Path], known: Sequenc
         return f"{override}: no key '{key}'{tail}"
     guess = nearest(key, {*options(folders), *siblings})
     if guess is None:
-        deeper = [name for name in known if name.rpartition(".")[2] == key]
-        guess = min(deeper, key=lambda name: (name.count("."), name)) if deeper else None
+        deeper = [name for name in known if name.rpartition(".")[2] == key or name == ELSEWHERE.get(key)]
+        guess = min(deeper, key=lambda name: (name.count("."), name), default=None)
     tail = f"; did you mean '{guess}'?" if guess else "; --help lists the groups, --cfg job every key"
     return f"{override}: no group or key '{key}'{tail}"
 

@@ -156,10 +156,12 @@ def _quality(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         count = f"{images:,}" if isinstance(images, int) else "?"
         yield f"| {item.get('label')} | {item.get('shown')} | {count} | {_cell(deviations)} |"
     yield ""
-    yield "How each was measured, in that order:"
+    yield "How they were measured:"
     yield ""
+    ways: dict[str, list[str]] = {}
     for item, _ in rows:
-        yield f"1. {item.get('conditions')}"
+        ways.setdefault(str(item.get("conditions")), []).append(str(item.get("label")))
+    yield from (f"* {', '.join(labels)}: {conditions}" for conditions, labels in ways.items())
     if more:
         yield ""
         yield f"and {more} more in metrics.json of the run"

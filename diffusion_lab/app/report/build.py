@@ -132,8 +132,6 @@ def _number(item: Mapping[str, Any]) -> str:
     if item.get("real") is not None:
         n = item.get("real_n")
         kind = "for as many real images" if n in (None, item.get("n")) else f"for {n:,} real images"
-        if item.get("better", "lower") == "lower":
-            kind += ", the floor"
         beside = f"<small>{html.escape(_value(item, 'real'))} {kind}</small>"
     label, value, deviations = html.escape(item["label"]), _value(item, "value"), _deviations(item)
     warn = f'<small class="warn">deviates: {html.escape(deviations)}</small>' if deviations else ""

@@ -107,7 +107,7 @@ def _scores(sheet: Sheet, group: Sequence[Row], number: int) -> str:
         lines.append(f"<tr>{''.join(cells)}</tr>")
     if distance is not None and distance.real is not None:
         real = [number_of(distance.real), "–", "–", "–", *(value_of(item, item.real) for item in others)]
-        name = f"real training data, the floor{real_n(distance)}" + (
+        name = f"real training data{real_n(distance)}" + (
             "; accuracy of the test data" if any(item.metric == "accuracy" for item in others) else ""
         )
         foot = (

@@ -27,7 +27,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from diffusion_lab.app.config.composed import SWEEPING, complete_config
+from diffusion_lab.app.config.composed import SWEEPING, check_config, complete_config
 from diffusion_lab.app.display import Ticker
 from diffusion_lab.app.errors import one_line
 from diffusion_lab.app.runs.run import RunFolder, digest
@@ -56,6 +56,7 @@ class Watched(Launcher):
     def __init__(self, inner: Any, session: Session, parallel: int) -> None:
         self.inner, self.session = inner, session
         self.pace = Pace(parallel)
+        self.announced = False
         # of a search, earlier calls have done some
         journal = self.context.journal
         entries = [journal.read(job.config) for job in journal.plan()] if self.context.seeks else []
@@ -75,6 +76,9 @@ class Watched(Launcher):
         setup_globals()
         context = self.context
         jobs = self._planned(job_overrides)
+        if not self.announced:
+            print(f"sweep {context.folder}", flush=True)
+            self.announced = True
         if not context.seeks:
             context.total = len(context.journal.plan())
         todo: dict[str, Job] = {}
@@ -101,11 +105,16 @@ class Watched(Launcher):
     # ---- what there is to do -------------------------------------------------------------------------------
 
     def _planned(self, batch: Sequence[Sequence[str]]) -> list[Job]:
-        """Compose every job for its hash, and put all into the plan."""
-        context, jobs = self.context, []
+        """Compose every job for its hash, and put all into the plan.
+
+        Raises:
+            Exception: What refuses the first job, if every job is refused: then nothing is planned.
+        """
+        context, jobs = self.context, list[Job]()
         self._configs: dict[str, dict[str, Any]] = {}
         self._composed: dict[str, DictConfig] = {}
         ticker = Ticker("planning", len(batch), unit="jobs") if len(batch) > MANY else None
+        refusals: list[Exception] = []
         for done, given in enumerate(batch):
             if ticker is not None:
                 ticker.update(done)
@@ -119,6 +128,9 @@ class Watched(Launcher):
                 self._configs[own] = config
             except OmegaConfBaseException:  # it will fail by itself, with a line that says why
                 own = same = digest(overrides)
+            # a check takes a while: they end with the first job that passes
+            if len(refusals) == len(jobs) and not context.seeks and (refusal := self._refusal(cfg)):
+                refusals.append(refusal)
             self._composed.setdefault(own, cfg)  # the first of two that are one: it is the one that runs
             jobs.append(
                 Job(
@@ -132,25 +144,42 @@ class Watched(Launcher):
         if ticker is not None:
             ticker.update(len(batch))
             ticker.close()
+        if jobs and len(refusals) == len(jobs):
+            raise refusals[0]
         jobs = context.journal.add(jobs)
         context.jobs.update({tuple(job.overrides): job for job in jobs})
         return jobs
 
     def _resolved(self, cfg: DictConfig) -> dict[str, Any]:
         """Return a job's config in plain containers, without what is said about the sweep."""
+        with self._completed(cfg, ("hydra", *SWEEPING)) as own:
+            found = OmegaConf.to_container(own, resolve=True)
+        assert isinstance(found, dict)
+        return {str(key): value for key, value in found.items()}
+
+    def _refusal(self, cfg: DictConfig) -> Exception | None:
+        """Return what a job's check will raise, or None."""
+        try:
+            with self._completed(cfg, ("hydra",)) as own:
+                check_config(self.session, own)
+        except Exception as error:  # whatever the job itself would fail of
+            return error
+        return None
+
+    @contextmanager
+    def _completed(self, cfg: DictConfig, without: Sequence[str]) -> Iterator[DictConfig]:
+        """Give a copy of a job's config, completed as the job will complete it, while Hydra takes it for the job's."""
         before = HydraConfig.instance().cfg
         HydraConfig.instance().set_config(cfg)
         try:
             own = cfg.copy()
             with open_dict(own):
-                for key in ("hydra", *SWEEPING):
+                for key in without:
                     own.pop(key, None)
             complete_config(self.session, own)
-            found = OmegaConf.to_container(own, resolve=True)
+            yield own
         finally:
             HydraConfig.instance().cfg = before
-        assert isinstance(found, dict)
-        return {str(key): value for key, value in found.items()}
 
     def _adopted(self, job: Job) -> Entry | None:
         """Return what a job has come to, in this sweep or, with resume=auto, in a run that is there already."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -87,7 +88,6 @@ def run(session: Session, argv: Sequence[str], hydra: Callable[[Session], None])
             from diffusion_lab.app.sweep.study import prepare
 
             words += prepare(folder, settings)
-        print(f"sweep {folder}", flush=True)
         # Hydra's search lets a fixed value win over a later interval
         sys.argv = [sys.argv[0], *flags, *session.overrides, *words]
         try:
@@ -100,6 +100,8 @@ def run(session: Session, argv: Sequence[str], hydra: Callable[[Session], None])
         finally:
             session.sweep.stop.unlink(missing_ok=True)
             session.jobs, session.failed = _conclude(session, folder, settings.direction)
+            if not session.sweep.journal.plan():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(session: Session, hydra: Callable[[Session], None]) -> None:
@@ -265,7 +267,7 @@ def _parent_of(process: int) -> int | None:
 
 def _conclude(session: Session, folder: Path, direction: str) -> tuple[int, int]:
     """Print the table and write the page; return how many jobs there are, and how many failed."""
-    from diffusion_lab.app.display import show
+    from diffusion_lab.app.display import show, shown
     from diffusion_lab.app.report.sweep import write_up
     from diffusion_lab.app.sweep.table import collect, table
     from diffusion_lab.files import write_atomically
@@ -280,4 +282,6 @@ def _conclude(session: Session, folder: Path, direction: str) -> tuple[int, int]
         if row.reason and row.status == "failed":
             print(f"job {row.number} failed: {row.reason}")
     print(f"table  {folder / 'sweep.html'}", flush=True)
+    if found.best is not None and found.best.run is not None:
+        print(f"best   {shown(found.best.run, folder)}", flush=True)
     return len(found.rows), sum(row.status == "failed" for row in found.rows)
