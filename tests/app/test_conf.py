@@ -49,15 +49,15 @@ ON_SAMPLE = ["run=somewhere", "shape=[1,8,8]", "num_classes=10"]
 EVALUATE_ONLY = ("measures", "protocol")
 # groups whose files merge: each is a mapping of names to parts
 NAMED = ("averages", "callbacks", "logger", "measures", "modifiers")
-# groups that leave each other alone are composed together, the first options of all, then the second ones ..: to
-# compose takes a third of a second, and there are hundreds of files
+# groups whose parts are built without each other are composed together, the first options of all, then the second ones:
+# to compose takes a third of a second, and there are hundreds of files
 TOGETHER = (
     "averages",
-    "callbacks",
     "interpolant",
     "launcher",
     "logger",
     "lr_schedule",
+    "metrics",
     "modifiers",
     "optimizer",
     "prediction",
