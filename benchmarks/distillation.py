@@ -231,11 +231,11 @@ def by_seed(runs: Path, data: str, seeds: Sequence[int]) -> list[dict[str, Any]]
 
 
 def summary(each: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Means over seeds, and how much nearer than its teacher each student is."""
+    """Means over seeds, and how much nearer than its teacher each student is, over the seeds that it has."""
     cells: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
     for row in each:
         cells.setdefault((row["method"], row.get("steps")), []).append(row)
-    rows, best = [], {}
+    rows = []
     for (name, steps), found in cells.items():
         told = dict.fromkeys(column for row in found for column in row)
         means = {
@@ -243,16 +243,17 @@ def summary(each: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[
             for column in told
             if column not in ("method", "steps", "seed", "commit")
         }
-        best[name, steps] = means["FD"]
         rows.append({"method": name, "steps": steps or "", **means, "seeds": len(found)})
     ratios = {}
-    for (name, steps), distance in best.items():
+    for (name, steps), found in cells.items():
         if name not in METHODS:
             continue
         teacher = TEACHERS_AS["guided-" if METHODS[name].guided else ""][0]
-        ratios[f"{name}, {steps}: teacher of {MANY} steps over it"] = best[teacher, MANY] / distance
-        if steps != MANY:
-            ratios[f"{name}, {steps}: teacher of as many steps over it"] = best[teacher, steps] / distance
+        for of, words in ((MANY, f"{MANY} steps"), (steps, "as many steps"))[: 1 if steps == MANY else 2]:
+            seeds = {row["seed"] for row in found}
+            its = [row["FD"] for row in cells[teacher, of] if row["seed"] in seeds]
+            mean = statistics.mean(row["FD"] for row in found)
+            ratios[f"{name}, {steps}: teacher of {words} over it"] = statistics.mean(its) / mean
     return rows, ratios
 
 
