@@ -1,8 +1,8 @@
 """Between Hydra's sweepers and its launchers: what is done is skipped, and one lost job does not lose the others.
 
-A sweeper hands over a batch of jobs. Each is composed here, so that its config's hash is known before anything is
-started: what is done, or stands in the batch twice, is not started at all. The rest goes to the launcher that was
-chosen. Afterwards every job's value is read from the journal, wherever it ran.
+A sweeper hands over a batch of jobs. Each is composed first (`plan.py`), so that its config's hash is known before
+anything is started: what is done, or stands in the batch twice, is not started at all. The rest goes to the launcher
+that was chosen. Afterwards every job's value is read from the journal, wherever it ran.
 
 What launchers do when a process dies: joblib gives up the whole batch, submitit raises at the first lost job and
 forgets the others. Here the jobs that a dying process took along are started once more, and only those whose own
@@ -20,28 +20,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
 
-from diffusion_lab.app.config.composed import SWEEPING, check_config, complete_config
-from diffusion_lab.app.display import Ticker
 from diffusion_lab.app.errors import one_line
-from diffusion_lab.app.runs.run import RunFolder, digest
+from diffusion_lab.app.runs.run import RunFolder
 from diffusion_lab.app.session import Session
 from diffusion_lab.app.sweep.context import Context, claimed
 from diffusion_lab.app.sweep.job import come_to, is_finished, value_of
-from diffusion_lab.app.sweep.journal import Entry, Job, config_hash, find_run, trains
+from diffusion_lab.app.sweep.journal import Entry, Job, find_run
+from diffusion_lab.app.sweep.plan import Planner
 from diffusion_lab.app.sweep.table import Pace, told
 
 WATCH_S = 0.5
 # how often the process of a job may die
 DEATHS = 2
-# to compose so many takes a few seconds
-MANY = 20
 
 
 class Watched(Launcher):
@@ -55,6 +50,7 @@ class Watched(Launcher):
 
     def __init__(self, inner: Any, session: Session, parallel: int) -> None:
         self.inner, self.session = inner, session
+        self.planner = Planner(inner, session)
         self.pace = Pace(parallel)
         self.announced = False
         # of a search, earlier calls have done some
@@ -75,7 +71,7 @@ class Watched(Launcher):
         """Run a batch of jobs and return their values, None for those without one."""
         setup_globals()
         context = self.context
-        jobs = self._planned(job_overrides)
+        jobs = self.planner.jobs(job_overrides)
         if not self.announced:
             print(f"sweep {context.folder}", flush=True)
             self.announced = True
@@ -102,88 +98,9 @@ class Watched(Launcher):
                 self._adopted(job)
         return [_returned(job, value_of(context.journal.read(job.config))) for job in jobs]
 
-    # ---- what there is to do -------------------------------------------------------------------------------
-
-    def _planned(self, batch: Sequence[Sequence[str]]) -> list[Job]:
-        """Compose every job for its hash, and put all into the plan.
-
-        Raises:
-            Exception: What refuses the first job, if every job is refused: then nothing is planned.
-        """
-        context, jobs = self.context, list[Job]()
-        self._configs: dict[str, dict[str, Any]] = {}
-        self._composed: dict[str, DictConfig] = {}
-        ticker = Ticker("planning", len(batch), unit="jobs") if len(batch) > MANY else None
-        refusals: list[Exception] = []
-        for done, given in enumerate(batch):
-            if ticker is not None:
-                ticker.update(done)
-            overrides = [str(word) for word in given]
-            words = dict(word.partition("=")[::2] for word in overrides)
-            # what cannot be composed ends the sweep before its first job
-            cfg = self.inner.hydra_context.config_loader.load_sweep_config(self.inner.config, overrides)
-            try:
-                config = self._resolved(cfg)
-                own, same = config_hash(config, context.varied), trains(config, context.varied)
-                self._configs[own] = config
-            except OmegaConfBaseException:  # it will fail by itself, with a line that says why
-                own = same = digest(overrides)
-            # a check takes a while: they end with the first job that passes
-            if len(refusals) == len(jobs) and not context.seeks and (refusal := self._refusal(cfg)):
-                refusals.append(refusal)
-            self._composed.setdefault(own, cfg)  # the first of two that are one: it is the one that runs
-            jobs.append(
-                Job(
-                    number=0,
-                    overrides=overrides,
-                    varied={key: words[key] for key in context.varied if key in words},
-                    config=own,
-                    trains=same,
-                )
-            )
-        if ticker is not None:
-            ticker.update(len(batch))
-            ticker.close()
-        if jobs and len(refusals) == len(jobs):
-            raise refusals[0]
-        jobs = context.journal.add(jobs)
-        context.jobs.update({tuple(job.overrides): job for job in jobs})
-        return jobs
-
-    def _resolved(self, cfg: DictConfig) -> dict[str, Any]:
-        """Return a job's config in plain containers, without what is said about the sweep."""
-        with self._completed(cfg, ("hydra", *SWEEPING)) as own:
-            found = OmegaConf.to_container(own, resolve=True)
-        assert isinstance(found, dict)
-        return {str(key): value for key, value in found.items()}
-
-    def _refusal(self, cfg: DictConfig) -> Exception | None:
-        """Return what a job's check will raise, or None."""
-        try:
-            with self._completed(cfg, ("hydra",)) as own:
-                check_config(self.session, own)
-        except Exception as error:  # whatever the job itself would fail of
-            return error
-        return None
-
-    @contextmanager
-    def _completed(self, cfg: DictConfig, without: Sequence[str]) -> Iterator[DictConfig]:
-        """Give a copy of a job's config, completed as the job will complete it, while Hydra takes it for the job's."""
-        before = HydraConfig.instance().cfg
-        HydraConfig.instance().set_config(cfg)
-        try:
-            own = cfg.copy()
-            with open_dict(own):
-                for key in without:
-                    own.pop(key, None)
-            complete_config(self.session, own)
-            yield own
-        finally:
-            HydraConfig.instance().cfg = before
-
     def _adopted(self, job: Job) -> Entry | None:
         """Return what a job has come to, in this sweep or, with resume=auto, in a run that is there already."""
-        return adopted(self.context, job, self._configs.get(job.config, {}))
+        return adopted(self.context, job, self.planner.configs.get(job.config, {}))
 
     # ---- running it ----------------------------------------------------------------------------------------
 
@@ -204,7 +121,7 @@ class Watched(Launcher):
 
     def _run_here(self, job: Job) -> None:
         """Do what Hydra's basic launcher does, with the config that is composed already."""
-        inner, cfg = self.inner, self._composed[job.config]
+        inner, cfg = self.inner, self.planner.composed[job.config]
         with read_write(cfg.hydra), open_dict(cfg.hydra):
             cfg.hydra.job.id = cfg.hydra.job.num = job.number - 1
         run_job(
