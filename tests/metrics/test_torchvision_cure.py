@@ -67,6 +67,7 @@ def test_a_broken_torchvision_is_run_a_second_time(tmp_path):
     assert out == "2 2 True"  # the half-imported submodule was dropped and imported anew
 
 
+@pytest.mark.slow
 def test_the_broken_one_does_fail_without_the_cure(tmp_path):
     code, _, err = run("import torchvision", first_on_path=fake(tmp_path, FAKE_BROKEN))
     assert code != 0 and "torchvision::nms" in err

@@ -89,7 +89,15 @@ def weighted(w, steps, n, interpolant=VP):
     return x[:, 0], total
 
 
-@pytest.mark.parametrize(("w", "interpolant"), [(2.0, "vp"), (0.5, "vp"), (2.0, "ve"), (0.5, "rf")])
+@pytest.mark.parametrize(
+    ("w", "interpolant"),
+    [
+        pytest.param(2.0, "vp", marks=pytest.mark.slow),
+        pytest.param(0.5, "vp", marks=pytest.mark.slow),
+        (2.0, "ve"),
+        pytest.param(0.5, "rf", marks=pytest.mark.slow),
+    ],
+)
 def test_weighted_paths_have_the_products_normaliser_mean_and_variance(w, interpolant):
     x, log_w = weighted(w, 800, 20_000, INTERPOLANTS[interpolant])
     mean, variance, Z = product(w)

@@ -138,7 +138,9 @@ def test_with_a_likelihood_for_a_reward_they_sample_the_posterior_of_each_sample
         assert abs(float(part.var()) / variance - 1) < 4 * math.sqrt(2 / 1500) + 0.05
 
 
-@pytest.mark.parametrize(("potential", "low", "high"), [("max", 0.3, 0.6), ("sum", 1.6, 2.1)])
+@pytest.mark.parametrize(
+    ("potential", "low", "high"), [("max", 0.3, 0.6), pytest.param("sum", 1.6, 2.1, marks=pytest.mark.slow)]
+)
 def test_max_and_sum_potentials_overshoot_where_they_look_often(potential, low, high):
     # the last potential would set it right, had any particle been left there: at K = 64 the mean of N(0, V) tilted by
     # exp(x) is not V but this much more

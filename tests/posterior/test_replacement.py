@@ -131,7 +131,9 @@ def test_the_documented_corrector_is_video_diffusions(interpolant):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "row"), [(DDPM(), (0.94, 0.305)), (CORRECTED, (1.22, 0.234))], ids=["plain", "langevin"]
+    ("sampler", "row"),
+    [(DDPM(), (0.94, 0.305)), pytest.param(CORRECTED, (1.22, 0.234), marks=pytest.mark.slow)],
+    ids=["plain", "langevin"],
 )
 def test_table_3e_replacement_is_not_calibrated(sampler, row):
     n = 20_000

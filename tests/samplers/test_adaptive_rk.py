@@ -91,6 +91,7 @@ def test_error_follows_the_tolerance(method):
     assert growth == pytest.approx(1 / order, rel=0.35), calls
 
 
+@pytest.mark.slow
 def test_it_agrees_with_twenty_thousand_steps_of_heun():
     for interpolant in INTERPOLANTS.values():
         # what is left is the reference's error, 7.5e-8
