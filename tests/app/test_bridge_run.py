@@ -137,6 +137,7 @@ def test_what_could_not_be_sampled_is_not_trained(tmp_path, capsys, words, why):
     assert why in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_pairs_a_bridge_starts_from_noise(tmp_path):
     run = tiny_runs.train(tmp_path, *BRIDGE, max_images=64)
     stored = sample(tmp_path / "s", run, n=8)
@@ -144,6 +145,7 @@ def test_without_pairs_a_bridge_starts_from_noise(tmp_path):
     assert "sources" not in tiny_runs.record_of(tmp_path / "s")
 
 
+@pytest.mark.slow
 def test_a_denoiser_may_be_told_the_same_images(tmp_path):
     """Image-conditional diffusion: the data set and its spoilt copies serve any network that sees images."""
     run = tiny_runs.train(tmp_path, *PAIRS, "model.image_channels=1", max_images=64)

@@ -298,6 +298,7 @@ def test_a_misspelt_run_folder_is_recognised(app, capsys, run_folder):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_trial_is_called_debug(app):
     assert cli.main("train", ["experiment=digits/quickstart", "debug=fast"]) == 0
     assert cli.main("train", ["debug=overfit"]) == 0
@@ -327,6 +328,7 @@ def test_a_misspelt_option_of_a_sweep_stops_it_before_the_first_job(app, capsys)
     assert not app
 
 
+@pytest.mark.slow
 def test_no_folder_of_hydras_is_left(app, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main("train", []) == 0
@@ -437,6 +439,7 @@ def test_a_group_chosen_now_replaces_the_recorded_one(app, run_folder):
     assert cfg.choices.sampler == "heun" and cfg.choices.grid == "uniform_u"
 
 
+@pytest.mark.slow
 def test_a_sweep_over_groups_and_over_runs(app, run_folder, capsys):
     a, b = run_folder("a"), run_folder("b")
     assert cli.main("sample", ["-m", f"run={a},{b}", "sampler=heun,ddim", "grid.steps=5,6"]) == 0
