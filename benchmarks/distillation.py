@@ -249,11 +249,13 @@ def summary(each: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[
         if name not in METHODS:
             continue
         teacher = TEACHERS_AS["guided-" if METHODS[name].guided else ""][0]
-        for of, words in ((MANY, f"{MANY} steps"), (steps, "as many steps"))[: 1 if steps == MANY else 2]:
-            seeds = {row["seed"] for row in found}
-            its = [row["FD"] for row in cells[teacher, of] if row["seed"] in seeds]
-            mean = statistics.mean(row["FD"] for row in found)
-            ratios[f"{name}, {steps}: teacher of {words} over it"] = statistics.mean(its) / mean
+        seeds = {row["seed"] for row in found}
+        mean = statistics.mean(row["FD"] for row in found)
+        for words, of in {f"{MANY} steps": MANY, "as many steps": steps}.items():
+            if words == "as many steps" and steps == MANY:
+                continue  # said already
+            its = statistics.mean(row["FD"] for row in cells[teacher, of] if row["seed"] in seeds)
+            ratios[f"{name}, {steps}: teacher of {words} over it"] = its / mean
     return rows, ratios
 
 

@@ -233,10 +233,10 @@ def fit(folder: RunFolder, checkpoint: Path | None) -> None:
     try:
         parts = assemble(config)
         ready = True
-        # said only now, for what could not be built leaves no folder; of ranks that we started, the parent has said it
-        if first and launch.OWN not in os.environ:
-            _tell_run(folder, checkpoint)
         if first:
+            # said only now, for what could not be built leaves no folder; of our own ranks, the parent has said it
+            if launch.OWN not in os.environ:
+                _tell_run(folder, checkpoint)
             for logger in parts.loggers:
                 logger.log_hyperparams(config)
         with _gentle_interrupt(pressed):
