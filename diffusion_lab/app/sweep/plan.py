@@ -6,7 +6,7 @@ Its config's hash tells what is done and what stands in the batch twice; what re
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -31,7 +31,7 @@ class Planner:
         session: The command line; its context is told the jobs.
 
     Attributes:
-        configs: Of the last batch, by hash, in plain containers; one that cannot be resolved is not there.
+        configs: Of the last batch, by hash, in plain containers; one that is not known is not there.
         composed: Of the last batch, by hash, as Hydra composed them.
     """
 
@@ -59,15 +59,15 @@ class Planner:
             words = dict(word.partition("=")[::2] for word in overrides)
             # what cannot be composed ends the sweep before its first job
             cfg = self.inner.hydra_context.config_loader.load_sweep_config(self.inner.config, overrides)
-            try:
-                config = self._resolved(cfg)
+            # a check takes a while: they end with the first job that passes
+            config, refusal = self._read(cfg, check=len(refusals) == len(jobs) and not context.seeks)
+            if refusal is not None:
+                refusals.append(refusal)
+            if config is not None:
                 own, same = config_hash(config, context.varied), trains(config, context.varied)
                 self.configs[own] = config
-            except OmegaConfBaseException:  # it will fail by itself, with a line that says why
+            else:  # it will fail by itself, with a line that says why
                 own = same = digest(overrides)
-            # a check takes a while: they end with the first job that passes
-            if len(refusals) == len(jobs) and not context.seeks and (refusal := self._refusal(cfg)):
-                refusals.append(refusal)
             self.composed.setdefault(own, cfg)  # the first of two that are one: it is the one that runs
             jobs.append(
                 Job(
@@ -87,33 +87,40 @@ class Planner:
         context.jobs.update({tuple(job.overrides): job for job in jobs})
         return jobs
 
-    def _resolved(self, cfg: DictConfig) -> dict[str, Any]:
-        """Return a job's config in plain containers, without what is said about the sweep."""
-        with self._completed(cfg, ("hydra", *SWEEPING)) as own:
-            found = OmegaConf.to_container(own, resolve=True)
-        assert isinstance(found, dict)
-        return {str(key): value for key, value in found.items()}
-
-    def _refusal(self, cfg: DictConfig) -> Exception | None:
-        """Return what a job's check will raise, or None."""
+    def _read(self, cfg: DictConfig, *, check: bool) -> tuple[dict[str, Any] | None, Exception | None]:
+        """Return a job's config, None where it is not known, and what refuses the job, None if nothing."""
+        config: dict[str, Any] | None = None
         try:
-            with self._completed(cfg, ("hydra",)) as own:
-                check_config(self.session, own)
+            with self._completed(cfg) as own:
+                with suppress(OmegaConfBaseException):
+                    config = _plain(own)
+                if check:
+                    check_config(self.session, own)
         except Exception as error:  # whatever the job itself would fail of
-            return error
-        return None
+            return config, error
+        return config, None
 
     @contextmanager
-    def _completed(self, cfg: DictConfig, without: Sequence[str]) -> Iterator[DictConfig]:
+    def _completed(self, cfg: DictConfig) -> Iterator[DictConfig]:
         """Give a copy of a job's config, completed as the job will complete it, while Hydra takes it for the job's."""
         before = HydraConfig.instance().cfg
         HydraConfig.instance().set_config(cfg)
         try:
             own = cfg.copy()
             with open_dict(own):
-                for key in without:
-                    own.pop(key, None)
+                own.pop("hydra", None)
             complete_config(self.session, own)
             yield own
         finally:
             HydraConfig.instance().cfg = before
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return a config in plain containers, without what is said about the sweep."""
+    own = cfg.copy()
+    with open_dict(own):
+        for key in SWEEPING:
+            own.pop(key, None)
+    found = OmegaConf.to_container(own, resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
