@@ -10,8 +10,8 @@ from problems import ALL_SAMPLERS, D64, INTERPOLANTS, mixture_1d
 from diffusion_lab.denoisers import GaussianDenoiser
 from diffusion_lab.guidance import ClassifierFree, Unguided
 from diffusion_lab.process import Cosine
-from diffusion_lab.samplers import CountingDenoiser, Generation
-from diffusion_lab.samplers.grids import uniform_u
+from diffusion_lab.samplers import CountingDenoiser, Generation, Heun
+from diffusion_lab.samplers.grids import karras, uniform_u
 from diffusion_lab.typing import NO_LABEL
 
 GRID = uniform_u(Cosine(logsnr_min=-12, logsnr_max=12), 12)
@@ -142,3 +142,17 @@ def test_interval_saves_calls_over_a_whole_trajectory():
         recipe = Generation(sampler=ALL_SAMPLERS["ddim"], grid=GRID, guidance=guidance, shape=(1,))
         recipe(counting, seeds=range(4), cond=LABEL)
         assert counting.calls == calls
+
+
+def test_heun_pays_for_guidance_by_evaluation_not_by_step():
+    """EDM2's published interval, (0.19, 1.61], holds the levels 17 to 22 of 32; Heun evaluates each twice."""
+    grid = karras(0.002, 80.0, 7.0, 32)
+    interval = (-2 * math.log(1.61), -2 * math.log(0.19))
+    inside = [k for k, level in enumerate(grid[:-1].tolist()) if interval[0] <= level <= interval[1]]
+    assert inside == [17, 18, 19, 20, 21, 22]
+    assert torch.exp(-grid[[17, 22, 23]] / 2).tolist() == pytest.approx([1.609, 0.283, 0.1886], rel=1e-3)
+    counting = CountingDenoiser(mixture_1d(INTERPOLANTS["ve"]), batch=4)
+    guidance = partial(ClassifierFree, scale=2.0, interval=interval)
+    Generation(sampler=Heun(), grid=grid, guidance=guidance, shape=(1,))(counting, seeds=range(4), cond=LABEL)
+    # two evaluations a step but for the last, and one more wherever the level is inside
+    assert counting.calls == 2 * 32 - 1 + 2 * len(inside)

@@ -151,6 +151,30 @@ def test_preserves_the_length_at_the_share_derived_for_white_data(steps):
     assert all(kept < full for _, kept, full in lengths[1:]), lengths
 
 
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_short_steps_preserve_the_length_at_the_share_sigma_squared_and_come_to_ddim(t):
+    """That share is the limit of the one above: length is lost at third order in h then, by DDIM at second."""
+    denoiser = BoundDenoiser(gaussian(VP, 1.0, dim=32), None)
+    x = noise(1, 32)
+    x *= math.sqrt(32) / x.norm()
+    now = PURE_COSINE(torch.tensor(t, dtype=D64))
+    sigma = float(VP(now)[1])
+    lost = []
+    for h in (0.02, 0.01, 0.005):
+        then = PURE_COSINE(torch.tensor(t - h, dtype=D64))
+        ends = [
+            ADDIM(table=[(0.0, x_var)]).step(denoiser, x, now, then, None, None)[0]
+            for x_var in (sigma**4, 0.0)
+        ]
+        lengths = [float(end.square().mean()) - 1 for end in ends]
+        lost.append([*map(abs, lengths), float((ends[0] - ends[1]).norm())])
+    adjusted, plain, apart = (
+        [math.log2(a / b) for a, b in itertools.pairwise(column)] for column in zip(*lost, strict=True)
+    )
+    assert adjusted == pytest.approx([3, 3], abs=0.1)
+    assert plain == pytest.approx([2, 2], abs=0.1) and apart == pytest.approx([2, 2], abs=0.1)
+
+
 def test_table_is_linear_between_rows_and_constant_outside():
     levels = torch.tensor([-math.inf, -9.0, -6.0, -3.0, 0.0, 1.0, 9.0], dtype=D64)
     expected = torch.tensor([0.3, 0.3, 0.3, 0.2, 0.1, 0.0802, 0.001], dtype=D64)

@@ -8,6 +8,9 @@ That is the gradient of the reverse Kullback-Leibler divergence between the two 
 that makes it about as long at every level. Without the normalisation d = x0_q - x0_p, and the push is weighted by
 SNR w / p, as any objective is: variational score distillation, or Diff-Instruct.
 
+Eq. 7 of the first paper has one more alpha before d. It is 1 at the variance-exploding levels of its ImageNet runs, and
+neither its second paper's code (tianweiy/DMD2, main/sd_guidance.py) nor this has it elsewhere.
+
 There is no regression loss and no discriminator: the second paper does without the one, and its GAN is not there.
 
 References:
