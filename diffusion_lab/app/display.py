@@ -99,7 +99,7 @@ def summary(folder: RunFolder, config: Mapping[str, Any], exported: Sequence[Pat
                 path.stem for path in exported if path.stem not in (*(config.get("averages") or {}), "raw")
             ]
             if kept:
-                facts.append(("or of others", f"{trust}python sample.py {use} ema={kept[0]}"))
+                facts.append(("or of others", f"{trust}python sample.py {use} ema={kept[-1]}"))
             facts.append(("score", f"{trust}python evaluate.py {use}"))
     else:
         facts.append(("weights", "none kept: the callback `checkpoints` was left out"))

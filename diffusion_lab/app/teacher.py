@@ -53,10 +53,12 @@ def complete(argv: Sequence[str], conf: Sequence[Path] = ()) -> Completed:
         conf: The folders of the config groups.
 
     Raises:
-        UserError: If the folder is no run, the teachers of a sweep differ in what a student takes over, or the
-            experiment is a recipe for other data than the teacher's and no data are named.
+        UserError: If the folder is no run, or not named as it must be, the teachers of a sweep differ in what a student
+            takes over, or the experiment is a recipe for other data than the teacher's and no data are named.
     """
     given = [pair for argument in argv if (pair := split_override(argument)) is not None]
+    if (bare := dict(given).get(WHERE, "null")) != "null" and not bare.startswith("{"):
+        raise UserError(f"{WHERE}={bare}: a teacher is named by {KEY}=<folder>")
     value = dict(given).get(KEY)
     if not value or value == "null" or "$" in value:
         return Completed(list(argv), {}, [])
@@ -244,26 +246,6 @@ def makes_images(method: Mapping[str, Any]) -> bool:
     loss = method.get("loss")
     target = loss.get("_target_") if isinstance(loss, Mapping) else None
     return not isinstance(target, str) or bool(getattr(get_object(target), "makes_images", True))
-
-
-def departures(config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[str]:
-    """Return in what way a student that has learnt a fixed number of steps is sampled otherwise, a line each.
-
-    Args:
-        config: The run's config. Without `method.steps` and a teacher there is nothing to depart from.
-        generation: How it is sampled.
-    """
-    method = config.get("method") or {}
-    steps, found = method.get("steps"), []
-    if not isinstance(steps, int) or "teacher" not in method:
-        return []
-    asked = (generation.get("grid") or {}).get("steps", steps)
-    if asked != steps:
-        found.append(f"grid.steps={asked}: this student was trained for {steps}")
-    learnt, taken = (_short(part.get("sampler") or {}) for part in (config, generation))
-    if taken != learnt:
-        found.append(f"sampler {taken}: this student was trained for {learnt}")
-    return found
 
 
 def portable(method: Mapping[str, Any]) -> dict[str, Any]:

@@ -218,7 +218,8 @@ class CNNFeatures(nn.Module):
         size = self.network.size
         if images.ndim != 4 or tuple(images.shape[1:]) != (1, size, size):
             raise ValueError(
-                f"{self.name} takes images (N, 1, {size}, {size}), not {tuple(images.shape)}: choose another metrics="
+                f"{self.name} takes images (N, 1, {size}, {size}), not {tuple(images.shape)}: choose another metrics=, "
+                "such as inception"
             )
         with torch.no_grad():
             return self.network(to_float(images))

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from diffusion_lab.app import cli
+from diffusion_lab.app.config.messages import unknown_key
 from diffusion_lab.app.config.rules import check_precision
 from diffusion_lab.app.errors import UserError
+from diffusion_lab.app.session import conf_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +104,10 @@ def test_nothing_heavy_is_imported_for_help_composition_and_errors():
         ("optimizer.lrr=1", "optimizer.lrr=1: no key 'lrr' in 'optimizer'; did you mean 'lr'?"),
         ("optmizer.lr=1", "optmizer.lr=1: no key 'optmizer.lr'; did you mean 'optimizer.lr'?"),
         ("lr=1", "lr=1: no group or key 'lr'; did you mean 'optimizer.lr'?"),
+        (
+            "guidance.scale=2",
+            "guidance.scale=2: no key 'scale' in 'guidance', which has no settings; another is guidance=<option>",
+        ),
         ("sed=1", "sed=1: no group or key 'sed'; did you mean 'seed'?"),
         (
             "trainer.precision=bf17",
@@ -144,6 +150,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(app, capsys, override, expected):
     assert out == ""
     assert err.rstrip("\n").rstrip() == f"error: {expected}".rstrip()
     assert not app
+
+
+def test_a_grid_without_steps_says_so():
+    told = unknown_key("grid.steps", "grid.steps=4", [conf_folder()], ["grid._target_", "grid.logsnrs"])
+    assert told == "grid.steps=4: this grid has its levels told one by one, logsnrs; another is grid=<option>"
 
 
 def test_a_mistake_from_a_real_process():

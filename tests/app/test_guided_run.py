@@ -50,6 +50,14 @@ def test_the_second_stage_takes_over_the_scales_of_the_first(runs):
     assert not hasattr(load_denoiser(teacher).denoiser, "scales")
 
 
+def test_the_python_in_its_card_runs(runs):
+    for folder in runs[2:]:
+        code = (folder / "export" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        names = {}
+        exec(code.replace("<this folder>", str(folder / "export")), names)
+        assert names["x0"].shape == (1, 1, 8, 8) and names["cond"].keys() == {"label", "guidance_scale"}
+
+
 def test_a_student_is_sampled_at_the_scale_that_is_typed_and_costs_a_call_a_step(runs, tmp_path):
     _, _, first, second = runs
     for number, folder in enumerate((first, second)):

@@ -125,7 +125,9 @@ def read_unchecked(folder: Path) -> dict[str, Any]:
         raise UserError(f"run={folder}: no such folder{similar_folder(folder)}")
     file = folder / "config.yaml"
     if not file.is_file():
-        raise UserError(f"run={folder}: not a run folder or an export, it has no config.yaml")
+        newest = folder / "latest"
+        tail = f"; did you mean '{newest}'?" if (newest / file.name).is_file() else ""
+        raise UserError(f"run={folder}: not a run folder or an export, it has no config.yaml{tail}")
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -175,6 +175,12 @@ def unknown_key(key: str, override: str, folders: Sequence[Path], known: Sequenc
     parent, _, last = key.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     if parent and siblings:
+        siblings = [name for name in siblings if not name.startswith("_")]
+        another = f"; another is {parent}=<option>" if parent in options(folders) else ""
+        if not siblings:
+            return f"{override}: no key '{last}' in '{parent}', which has no settings{another}"
+        if (parent, last) == ("grid", "steps"):
+            return f"{override}: this grid has its levels told one by one, {', '.join(siblings)}{another}"
         return f"{override}: no key '{last}' in '{parent}'{did_you_mean(last, siblings)}"
     if parent:
         guess = nearest(parent, {name.rpartition(".")[0] for name in known} - {""})

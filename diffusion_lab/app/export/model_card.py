@@ -268,8 +268,16 @@ def _use(config: Mapping[str, Any], files: Sequence[tuple[Path, Mapping[str, str
     yield "import torch"
     yield "from diffusion_lab.app.build import load_denoiser"
     yield ""
-    yield "loaded = load_denoiser(Path('<this folder>'))"
+    other = f"    # others: ema='{averages[-1]}'" if len(averages) > 1 else ""
+    yield f"loaded = load_denoiser(Path('<this folder>')){other}"
     shape = ", ".join(map(str, config.get("shape") or []))
     yield f"x, logsnr = torch.randn(1, {shape}), torch.tensor([-5.0])    # noisy data of the process above"
-    yield "x0 = loaded.denoiser(x, logsnr)    # E[x0 | x]"
+    method = config.get("method") or {}
+    meant = "the student's x0_hat" if "teacher" in method else "E[x0 | x]"
+    told = ""
+    if scales := (method.get("denoiser") or {}).get("scales"):
+        told = ", cond"
+        label = "'label': torch.tensor([0]), " if config.get("num_classes") else ""
+        yield f"cond = {{{label}'guidance_scale': torch.tensor([{float(scales[0])}])}}    # to {float(scales[1])}"
+    yield f"x0 = loaded.denoiser(x, logsnr{told})    # {meant}"
     yield "```"

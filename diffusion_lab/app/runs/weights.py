@@ -11,6 +11,7 @@ Nothing is unpickled that could be code: checkpoints are read as tensors and pla
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,11 +96,18 @@ def _choose(ema: str | None, averages: list[str], others: list[str], folder: Pat
     if ema is None:
         return next(iter([*averages, *(name for name in others if name == RAW), *others]))
     if ema not in (names := [*averages, *others]):
-        tail = did_you_mean(ema, names)
-        # how names go tells more than the nearest one: there may be steps_1 to steps_32, but no steps_64
-        tail = f"{tail} There are: {', '.join(names)}" if tail.endswith("?") else tail
+        tail, known = did_you_mean(ema, names), ", ".join(sorted(names, key=_naturally))
+        if re.fullmatch(r"steps_[0-9]+", ema):  # no number is meant for another
+            tail = f"; there are: {known}"
+        elif tail.endswith("?"):
+            tail = f"{tail} There are: {known}"
         raise UserError(f"ema={ema}: {folder} has no such weights{tail}")
     return ema
+
+
+def _naturally(name: str) -> list[tuple[str, int]]:
+    """Numbers in a name by their size: steps_2 before steps_16."""
+    return [(text, int(part or 0)) for text, part in re.findall(r"([^0-9]*)([0-9]*)", name)]
 
 
 def kept_weights(folder: Path) -> dict[str, Path]:

@@ -24,9 +24,9 @@ import torch
 
 from diffusion_lab.app.build import Loaded
 from diffusion_lab.app.errors import UserError, did_you_mean
+from diffusion_lab.app.sampling.departures import departures
 from diffusion_lab.app.sampling.fit import fit_parts
 from diffusion_lab.app.stored import planned
-from diffusion_lab.app.teacher import departures
 from diffusion_lab.files import write_atomically
 from diffusion_lab.typing import NO_LABEL
 
@@ -195,7 +195,7 @@ def from_config(config: Mapping[str, Any], loaded: Loaded, posterior: Mapping[st
         **config["generation"],
         "guidance": planned(config["generation"]["guidance"], loaded, run),
     }
-    for line in departures(loaded.config, generation):
+    for line in departures(loaded.config, generation, weights=loaded.ema, images_seen=loaded.images_seen):
         print(f"note: {line}")
     generation = fit_parts(generation, loaded, run, device, measured=posterior is not None)
     return Job(
