@@ -1,12 +1,11 @@
 """DPM-Solver++ (3M): the integral it stands for, its order and what limits it, public code and where that is wrong."""
 
 import math
-from functools import cache
 
 import laws
 import pytest
 import torch
-from problems import D64, INTERPOLANTS, PURE_COSINE, mixture_1d, mixture_4d, solve
+from problems import D64, INTERPOLANTS, PURE_COSINE, exact_ends, mixture_1d, mixture_4d, solve
 from scipy.integrate import quad
 
 from diffusion_lab.samplers import DPMSolverPP2M
@@ -110,13 +109,6 @@ def test_lower_order_final_is_of_second_order_on_the_last_step_but_one():
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 
-@cache
-def fine_ends():
-    """The protocol's ends from SciPy's DOP853; `exact_ends` is good to 1e-7, which hides what limits the ladder."""
-    vp, end = INTERPOLANTS["vp"], torch.tensor(5.0, dtype=D64)
-    return laws.exact_trajectory(vp, [end])[0] / vp(end)[0]
-
-
 def test_order_with_a_start_of_sufficient_order():
     laws.check_order(DPMSolverPP3M(start="midpoint"), 3)
 
@@ -137,13 +129,13 @@ def test_order_of_one_step_from_exact_history():
 )
 def test_order_is_two_where_a_first_order_step_or_half_the_curvature_limits_it(sampler):
     # both leave errors of order h^2 in all; between 40 and 320 steps their constants hide it (ratios up to 4)
-    errors = [float((solve(sampler, INTERPOLANTS["vp"], n) - fine_ends()).abs().max()) for n in (1280, 2560)]
+    errors = [float((solve(sampler, INTERPOLANTS["vp"], n) - exact_ends()).abs().max()) for n in (1280, 2560)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.35)
 
 
 def test_the_ladder_beats_second_order():
     errors = {
-        sampler: float((solve(sampler, INTERPOLANTS["vp"], 320) - fine_ends()).abs().max())
+        sampler: float((solve(sampler, INTERPOLANTS["vp"], 320) - exact_ends()).abs().max())
         for sampler in (DPMSolverPP3M(), DPMSolverPP3M(half_curvature=True), DPMSolverPP2M())
     }
     right, half, second = errors.values()
