@@ -84,6 +84,7 @@ def test_the_variants_of_a_run_side_by_side(trained, sweep):
     )
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(trained, sweep):
     text = sweep("sample", f"run={trained}", "sampler=ddim,heun").text.replace(sortable.SCRIPT, "")
     assert not re.findall(r'(?:src|href)="(?!data:|#)', text) and not re.search(

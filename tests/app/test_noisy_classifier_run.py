@@ -52,6 +52,7 @@ def test_it_is_a_run_like_any_other(runs):
     assert averaged.classifier(x, level).shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_a_stopped_one_goes_on_to_the_bit(runs, tmp_path):
     train(tmp_path, max_images=160)
     resumed = train(tmp_path, "resume=auto")

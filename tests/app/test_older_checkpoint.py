@@ -1,5 +1,6 @@
 """`ema=<name>@<images>` takes the weights of an older checkpoint, wherever an average is accepted."""
 
+import pytest
 import tiny_runs
 import torch
 
@@ -22,6 +23,7 @@ def test_the_weights_are_those_of_that_checkpoint(trained):
     assert read_weights(trained, "ema@160").sha256 != read_weights(trained, "ema").sha256
 
 
+@pytest.mark.slow
 def test_a_sweep_over_checkpoints_ends_in_one_page(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["num_samples=12", "ema=ema@160,ema@320", "--multirun"]

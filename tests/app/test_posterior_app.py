@@ -213,6 +213,7 @@ def test_an_interrupted_job_goes_on_with_the_measurements_it_began_with(
     assert (got["images"][64:] != whole[1]["images"][64:]).any()
 
 
+@pytest.mark.slow
 def test_other_inputs_in_the_same_folder_are_refused(whole, trained, conf, capsys):
     for other in (
         ["input=test:24", "draws=3"],

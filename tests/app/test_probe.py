@@ -44,6 +44,7 @@ def test_guidance_without_a_label_needs_a_model_that_knows_it(never_without, tmp
     sample(tmp_path / "d", never_without, "num_samples=4", "guidance=autoguidance", "guidance.weak.ema=raw")
 
 
+@pytest.mark.slow
 def test_a_posterior_without_labels_needs_one_too(never_without, tmp_path, capsys):
     words = ["guidance=pigdm", "measurement=inpaint", "input=test:2", "draws=1"]
     sample(tmp_path / "a", never_without, *words, code=2)

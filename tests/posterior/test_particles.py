@@ -93,7 +93,7 @@ def test_what_was_asked_ahead_is_not_asked_again():
 # ---- the law --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("potential", ["difference", "max", "sum"])
+@pytest.mark.parametrize("potential", ["difference", pytest.param("max", marks=pytest.mark.slow), "sum"])
 def test_two_particles_without_resampling_have_the_law_of_two_weighted_draws(potential):
     # E[f] = integral of sum_k W_k f(x_k) over two draws of N(0, V), for every potential: they add up to the reward
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)

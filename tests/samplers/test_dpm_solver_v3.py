@@ -178,7 +178,8 @@ def smooth():
 
 
 @pytest.mark.parametrize(
-    ("order", "corrector", "nominal"), [(1, False, 1), (2, False, 2), (1, True, 2), (2, True, 3)]
+    ("order", "corrector", "nominal"),
+    [*(pytest.param(n, False, n, marks=pytest.mark.slow) for n in (1, 2)), (1, True, 2), (2, True, 3)],
 )
 @pytest.mark.parametrize(
     "statistics", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("noise", "data")), "smooth"]

@@ -262,7 +262,13 @@ def test_with_a_constant_ratio_it_converges_to_what_dpm_solver_solves():
 # ---- marginals on the mixture ----------------------------------------------------------------------------------------
 
 
-@every
+@pytest.mark.parametrize(
+    "diffusion",
+    [
+        pytest.param(diffusion, id=name, marks=pytest.mark.slow if name in ("sigma_2", "kl_half") else [])
+        for name, diffusion in CHOICES.items()
+    ],
+)
 def test_marginals(diffusion):
     laws.check_marginals(EulerMaruyama(diffusion=diffusion))
 

@@ -35,7 +35,9 @@ def test_gamma_one_is_ddim_bitwise():
         )
 
 
-@pytest.mark.parametrize("gamma", [1.2, 1.8, 2.0, 2.5])
+@pytest.mark.parametrize(
+    "gamma", [1.2, 2.0, *(pytest.param(gamma, marks=pytest.mark.slow) for gamma in (1.8, 2.5))]
+)
 def test_error_is_ddims_times_three_minus_two_gamma(gamma):
     """The module's derivation: the leading error of equal steps, on N(0, c), whose ODE is solved in closed form."""
     c, sigma_max, sigma_min = 0.3, 3.0, 0.5

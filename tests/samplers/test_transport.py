@@ -72,7 +72,7 @@ def moments_at_the_end(field, epsilon, steps):
 
 @every
 @every_epsilon
-@pytest.mark.parametrize("correlation", [0.0, 0.6])
+@pytest.mark.parametrize("correlation", [pytest.param(0.0, marks=pytest.mark.slow), 0.6])
 def test_every_epsilon_has_weak_order_one_and_the_law_of_the_data(name, epsilon, correlation):
     field = ExactField(INTERPOLANTS[name], SOURCE, DATA, correlation)
     found = [moments_at_the_end(field, epsilon, steps) for steps in (800, 1600)]
