@@ -260,9 +260,10 @@ def summary(each: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[
 
 
 def drawn(place: Path) -> np.ndarray:
-    """The samples of a scored run, bytes `(N, H, W, C)`."""
+    """The samples of a scored run, bytes `(N, H, W, C)`, also where its folder was moved."""
     evaluation = json.loads((place / "metrics.json").read_text())["evaluations"][-1]
-    with np.load(Path(evaluation["samples"]) / "samples.npz") as stored:
+    run = place.parents[1]
+    with np.load(run / "samples" / Path(evaluation["samples"]).name / "samples.npz") as stored:
         images: np.ndarray = stored["images"]
     return images
 
