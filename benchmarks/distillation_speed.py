@@ -88,14 +88,19 @@ def em(k: int, gamma_z: float) -> Method:
 METHODS = {
     "progressive": Method("progressive", Progressive, {"steps": 32}),
     "consistency": Method(
-        "consistency", Consistency, {"steps": 4, "teacher_steps": 64, "huber": 1e-4, "x_var": 0.75}
+        "consistency",
+        Consistency,
+        {"steps": 4, "teacher_steps": 64, "huber": 1e-4, "x_var": 0.75},
+        ("method.teacher_steps.first=64", "method.teacher_steps.last=64", "method.loss.huber=1e-4"),
     ),
     "moment matching": Method("moment_matching", MomentMatching, {"steps": 8}),
     "EM, K = 1, gamma_z = 0": em(1, 0.0),
     "EM, K = 4": em(4, 1.6e-5),
     "distribution matching": Method("distribution_matching", DistributionMatching, {"score_steps": 5}),
     "guided": Method("guided_distillation", Guided),
-    "sCM": Method("scm", ContinuousConsistency, {"c": 0.1}, ("method.ramp_images=0",)),
+    "sCM": Method(
+        "scm", ContinuousConsistency, {"c": 0.1}, ("method.ramp_images=0", "method.loss.normalise=0.1")
+    ),
     "shortcut": Method("shortcut", Shortcut, {"share": 0.5}),
     "reflow, new pairs": Method("reflow", Reflow, {"steps": 16}, ("method.pairs=null",)),
     "reflow, kept pairs": Method("reflow", Reflow, {"steps": 16, "kept": 4}, ("method.pairs=512",)),

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from distillation_loops import Settings
-from distillation_speed import METHODS, agreement, networks, scatter
+from distillation_speed import METHODS, agreement, checked, exported, networks, scatter
 from torch import nn
 
 from diffusion_lab.denoisers import NetworkDenoiser, V
@@ -98,6 +98,11 @@ MODULES = {
 }
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("teacher"))
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_a_bare_loop_does_the_work_of_its_method(name):
     torch.manual_seed(0)
@@ -110,6 +115,14 @@ def test_a_bare_loop_does_the_work_of_its_method(name):
     for step in range(len(loop.turns)):
         apart, gradients_apart = agreement(module, loop, x0, {"label": label}, step)
         assert apart < 1e-4 and gradients_apart < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_the_recipe_that_is_timed_is_the_loops(name, teacher):
+    """What `distillation_speed.py --check` asks: a recipe that changes must not leave its loop behind."""
+    apart, gradients_apart = checked(name, teacher)
+    assert apart < 1e-4 and gradients_apart < 1e-3
 
 
 def test_a_loop_that_does_other_work_is_noticed():
