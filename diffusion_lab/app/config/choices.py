@@ -252,14 +252,20 @@ def complete(app: str, argv: Sequence[str], conf: Sequence[Path] = ()) -> Comple
     injected = [f"{group}={FROM_RUN}" for group in nodes]
     injected += [f"{key}={_value(fact)}" for key, fact in facts.items() if key not in chosen]
     # the student of N steps is for N steps
-    of_steps = re.fullmatch(r"steps_([0-9]+)", dict(given).get("ema", ""))
-    if of_steps and "grid.steps" not in dict(given) and "steps" in (nodes.get("grid") or {}):
-        injected.append(f"grid.steps={of_steps[1]}")
+    steps = student_steps(dict(given).get("ema", ""))
+    if steps is not None and "grid.steps" not in dict(given) and "steps" in (nodes.get("grid") or {}):
+        injected.append(f"grid.steps={steps}")
     quoted = ",".join(_quote(str(folder)) for folder in folders)
     flags = [argument for argument in argv if argument not in user]
     rest = [f"run={quoted}" if argument.startswith("run=") else argument for argument in user]
     choices = configs[0].get("choices") or {}
     return Completed([*flags, *injected, *rest], {group: choices.get(group) for group in nodes}, injected)
+
+
+def student_steps(ema: str) -> int | None:
+    """Return N of weights called `steps_<N>`, the student of N steps that a run of halvings kept; else None."""
+    found = re.fullmatch(r"steps_([0-9]+)", ema)
+    return int(found[1]) if found else None
 
 
 def _value(fact: Any) -> str:

@@ -242,11 +242,11 @@ def shareable(command: str) -> str:
 
 
 def _use(config: Mapping[str, Any], files: Sequence[tuple[Path, Mapping[str, str]]]) -> Iterator[str]:
-    own = needs_trust(dict(config))
+    own, method = needs_trust(dict(config)), config.get("method") or {}
     trust = f"{TRUST}={','.join(own)} " if own else ""
     yield "## How to use it"
     yield ""
-    if "classifier" in (config.get("method") or {}):
+    if "classifier" in method:
         yield "```"
         guide = "guidance=classifier guidance.classifier.run=<this folder>"
         yield f"{trust}python sample.py run=<a denoiser's run> {guide}"
@@ -272,7 +272,6 @@ def _use(config: Mapping[str, Any], files: Sequence[tuple[Path, Mapping[str, str
     yield f"loaded = load_denoiser(Path('<this folder>')){other}"
     shape = ", ".join(map(str, config.get("shape") or []))
     yield f"x, logsnr = torch.randn(1, {shape}), torch.tensor([-5.0])    # noisy data of the process above"
-    method = config.get("method") or {}
     meant = "the student's x0_hat" if "teacher" in method else "E[x0 | x]"
     told = ""
     if scales := (method.get("denoiser") or {}).get("scales"):

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from diffusion_lab.app.runs import posthoc
+from diffusion_lab.app.config.choices import student_steps
 from diffusion_lab.app.errors import UserError, did_you_mean
 
 RAW = "raw"
@@ -97,7 +98,7 @@ def _choose(ema: str | None, averages: list[str], others: list[str], folder: Pat
         return next(iter([*averages, *(name for name in others if name == RAW), *others]))
     if ema not in (names := [*averages, *others]):
         tail, known = did_you_mean(ema, names), ", ".join(sorted(names, key=_naturally))
-        if re.fullmatch(r"steps_[0-9]+", ema):  # no number is meant for another
+        if student_steps(ema) is not None:  # no number is meant for another
             tail = f"; there are: {known}"
         elif tail.endswith("?"):
             tail = f"{tail} There are: {known}"

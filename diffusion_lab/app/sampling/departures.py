@@ -6,10 +6,10 @@ is kept as `steps_<N>`, and the live weights, "raw", are the last of them only w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffusion_lab.app.config.choices import student_steps
 from diffusion_lab.app.sampling.fit import describe_part
 from diffusion_lab.modules.distillation.halvings import Halving, halvings
 
@@ -45,8 +45,8 @@ def departures(
 def _of_halvings(method: Mapping[str, Any], asked: int | None, weights: str, images_seen: int) -> list[str]:
     stages = _stages(method)
     ended = [stage.steps for stage in stages if stage.stop <= images_seen]
-    if named := re.fullmatch(r"steps_([0-9]+)", weights):
-        learnt = int(named[1])
+    if (named := student_steps(weights)) is not None:
+        learnt = named
     elif ended and (len(ended) == len(stages) or stages[len(ended) - 1].stop == images_seen):
         learnt = ended[-1]
     else:
